@@ -1,0 +1,293 @@
+"""Settings sections: pydantic models with a docstring under each field.
+
+One source for `--help`, the settings page, error messages and forms. A recipe composes the sections it needs
+(kitae/recipes/*.py); kitae/settings.py reads TOML, flags and the vocabularies users bring into them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kitae.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown names are refused, values are checked, docstrings become descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class SeamSettings(Section):
+    """The extension points that make the unmodified model fast; each equals the plain module when off."""
+
+    attention: bool = True
+    """Packed rows: no padding is computed. Off: every row is run by itself with the model's own attention."""
+    head: bool = True
+    """Log-probs of only the tokens that count, in chunks. Off: full [tokens, vocabulary] logits."""
+    experts: bool = True
+    """Routed experts as sorted slices. Off: the model's own expert loop."""
+    rmsnorm: bool = True
+    """torch's fused RMSNorm. Off: the model's own."""
+
+
+class ModelSettings(Section):
+    """Which model, in what precision, on which device."""
+
+    name_or_path: str
+    """A Hugging Face model folder, a hub id, a kitae run directory, or an adapter folder."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute precision; auto takes bfloat16 where the device is fast in it, else float32. Masters stay float32."""
+    device: str = "auto"
+    """auto, cpu, or a device of an available backend, such as cuda or npu."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 stores frozen linear weights in 4 bits (QLoRA); needs lora.rank > 0."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for folders whose code you have read."""
+    torch_compile: bool = False
+    """Compile the layers with torch.compile; the first step then takes half a minute or more."""
+    seams: SeamSettings = SeamSettings()
+
+
+class LoraSettings(Section):
+    """Low-rank adapters, saved in peft's format. Rank 0 trains all weights instead."""
+
+    rank: int = Field(0, ge=0, le=4096)
+    """Rank of the adapters; larger learns more and costs more memory. 0 trains the full model."""
+    alpha: float = Field(16.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Module names to adapt, such as q_proj and v_proj; all-linear takes every linear but the head, experts included."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train too, as in peft."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    init_seed: int = 0
+    """Seed of the adapters' start values, which depend on each parameter's name only."""
+
+
+class DataSettings(Section):
+    """Where rows come from and how they become text."""
+
+    train: list[str] = []
+    """Files, globs, folders or hub names of the training rows (JSONL, JSON, CSV, Parquet)."""
+    eval: list[str] = []
+    """The same for evaluation rows; empty cuts hold_out rows from the training rows when evaluation is on."""
+    split: str = "train"
+    """Split of a hub data set, for training rows."""
+    eval_split: str | None = None
+    """Split of a hub data set, for evaluation rows."""
+    weights: list[float] = []
+    """One weight per entry of train: how often each source is drawn from. Empty: every row once per epoch."""
+    columns: dict[str, str] = {}
+    """Column mapping, ours = yours, such as prompt = "frage"; see the data page for our names."""
+    target: Literal["auto", "think_answer", "as_is"] = "auto"
+    """Teach worked solutions as <think>…</think><answer>…</answer> (think_answer) or as written; auto decides per row."""
+    system_prompt: str | None = None
+    """System turn put before every conversation without one; "" removes the form instruction of GRPO."""
+    template: str | None = None
+    """Chat template: a .jinja file, a Colossal-AI conversation template .json, or alpaca; default: the model's own."""
+    max_length: int = Field(2048, ge=2)
+    """Longest row in tokens; what is cut off is counted and logged."""
+    hold_out: float = Field(0.05, ge=0, lt=1)
+    """Share of training rows set apart for evaluation (at most 500 rows) when no evaluation data is given."""
+    shuffle: bool = True
+    """Draw rows in an order that depends on the seed and the epoch only."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """error lists up to 100 bad rows and stops; skip counts them and goes on."""
+    max_rows: int | None = Field(None, ge=1)
+    """Use only the first rows of the training data."""
+
+
+class OptimSettings(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw keeps two float32 moments, adamw_8bit two in 8 bits, adafactor a factored second one."""
+    learning_rate: float = Field(2e-5, ge=0)
+    """Step size at the top of the schedule."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only (not on norms and biases)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    """The same as a share of all steps; warmup_steps wins where both are given."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """The schedule ends at this share of learning_rate."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A NaN or infinite loss or gradient stops the run (exit 70), or skips that step, at most max_skipped times in a row."""
+    max_skipped: int = Field(5, ge=1)
+    """How many steps in a row on_nonfinite = skip may skip."""
+
+
+class TrainSettings(Section):
+    """How long to train and on how much at once."""
+
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the training rows; max_steps wins where given."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps to take."""
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Rows per forward pass and rank; memory grows with it, the result does not depend on it."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
+    average: Literal["token", "sequence"] = "token"
+    """What a step averages over: every taught token alike, or every row alike."""
+    seed: int = 42
+    """Seed of everything random in the run."""
+    early_stopping_patience: int = Field(0, ge=0)
+    """Stop after this many evaluations without a better save.metric; 0 never stops early."""
+    num_threads: int = Field(0, ge=0)
+    """CPU threads for tensor work; 0 takes all cores this process may use. Part of exact reproducibility."""
+
+
+class EvalSettings(Section):
+    """Evaluation during the run."""
+
+    steps: int = Field(0, ge=0)
+    """Evaluate every so many optimizer steps (rounds, for GRPO); 0 only at the end, and only where data.eval is given."""
+    at_start: bool = False
+    """Evaluate before the first step too."""
+    batch_size: int = Field(8, ge=1)
+    """Rows per forward pass in evaluation."""
+    max_rows: int = Field(512, ge=1)
+    """Evaluate on at most this many rows."""
+
+
+class SaveSettings(Section):
+    """Checkpoints and the final model."""
+
+    steps: int = Field(0, ge=0)
+    """Write a checkpoint every so many optimizer steps; 0 only when the run is interrupted or ends."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints kept; older ones are removed."""
+    final: Literal["last", "best"] = "last"
+    """Which weights end at the top of the output directory: the last, or the best by save.metric."""
+    metric: str = "eval/loss"
+    """What "best" means: a metric name; see metric_mode."""
+    metric_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether a smaller or a larger metric is better; auto: max for accuracy and reward, else min."""
+    max_shard_gib: float = Field(5.0, gt=0)
+    """Size of the final model's safetensors shards."""
+
+
+class LogSettings(Section):
+    """What is written while the run goes on."""
+
+    steps: int = Field(1, ge=1)
+    """Write metrics every so many optimizer steps."""
+    report_to: list[Literal["tensorboard", "wandb", "none"]] = ["tensorboard"]
+    """Besides metrics.jsonl, which is always written."""
+    tensorboard_dir: str | None = None
+    """Where TensorBoard files go; default: tensorboard/ in the output directory."""
+    wandb_project: str = "kitae"
+    """Project name for Weights & Biases."""
+    run_name: str | None = None
+    """Name shown for this run; default: the output directory's name."""
+    level: Literal["debug", "info", "warning"] = "info"
+    """How much the log says."""
+
+
+class SamplingSettings(Section):
+    """How one completion is sampled."""
+
+    temperature: float = Field(1.0, ge=0, le=10)
+    """Logits are divided by it; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the smallest set of tokens whose probability reaches this."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Drop tokens less likely than this share of the likeliest."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest completion in tokens."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Above 1 makes tokens that already occurred less likely (arXiv:1909.05858)."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """Never repeat an n-gram of this many tokens; 0 allows it."""
+
+
+class RolloutSettings(Section):
+    """One sampling phase of reinforcement learning (a round)."""
+
+    prompts_per_round: int = Field(8, ge=1)
+    """Distinct prompts sampled in each round, over all ranks."""
+    num_generations: int = Field(8, ge=2)
+    """Completions per prompt; their mean reward is the baseline."""
+    max_prompt_length: int = Field(1024, ge=1)
+    """Longer prompts are dropped and counted."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest completion in tokens."""
+    initial_temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature of the first round."""
+    final_temperature: float | None = Field(None, gt=0, le=10)
+    """Temperature of the last round, reached linearly; default: as initial_temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the smallest set of tokens whose probability reaches this; the learner scores the same set."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Drop tokens less likely than this share of the likeliest."""
+    inference_batch_size: int = Field(128, ge=1)
+    """Completions sampled at the same time on each rank."""
+    updates_per_round: int = Field(1, ge=1)
+    """Optimizer steps each pass over a round's rollouts is cut into."""
+    epochs_per_round: int = Field(1, ge=1)
+    """Passes over a round's rollouts."""
+    rows_per_forward: int = Field(64, ge=1)
+    """Completions per forward pass of the update; memory grows with it, the result does not depend on it."""
+    mask_truncated: bool = False
+    """Take completions cut at max_new_tokens out of the loss; their reward counts in the group's mean all the same."""
+
+
+class RewardSettings(Section):
+    """How completions are judged."""
+
+    function: str = "reasoning"
+    """A built-in reward, or your own as file.py:function or package.module:function."""
+    form: Literal["answer_tags", "boxed"] = "answer_tags"
+    """The form of the reasoning reward: <think>…</think><answer>…</answer>, or a closed think block, then a last \\boxed{}."""
+    strict_form: bool = True
+    """Nothing but white space around and between the blocks; false allows other text there."""
+    timeout_s: float = Field(1.0, gt=0)
+    """Hard limit for judging one completion; beyond it the answer counts as wrong."""
+    num_workers: int = Field(2, ge=1)
+    """Worker processes per rank."""
+    on_error: Literal["stop", "mask"] = "stop"
+    """When a user's function raises: stop the run, or take that completion out of the loss and count it."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a contradiction between settings."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def as_json(config: Section) -> dict[str, Any]:
+    """The resolved settings as JSON values, as run.json stores them."""
+    return config.model_dump(mode="json")

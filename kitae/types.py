@@ -1,0 +1,140 @@
+"""The nouns that cross a layer boundary: Problem, Rollout, Row, Packing, Batch, TokenOutputs, Score.
+
+Dimension key, used in every name suffix of the project:
+    T packed tokens of one forward pass   N predictions that count   V vocabulary   H hidden size
+    P prompts (or pairs)   G rollouts per prompt   B rows   E experts   D size of one attention head
+Names ending _T are aligned to input tokens, names ending _N to predictions: hidden state source_N
+predicts token targets_N.
+
+    Problem --sample--> Rollout --judge--> Row --collate--> Batch --model--> TokenOutputs --loss--> gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One question, rendered for sampling, with whatever a reward needs to judge a completion."""
+
+    prompt: str
+    """The user's question as the data has it (for a conversation: its last user turn)."""
+    token_ids: list[int]
+    """The rendered prompt, ready for the model; it ends with the prefill."""
+    answer: str | None = None
+    """The gold answer, or None where the data has none."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The data row's other columns; handed to the reward by name."""
+    prefill: str = ""
+    """The end of the rendered prompt that belongs to the completion, such as `<think>` and a line feed."""
+    index: int = 0
+    """Stable number of the row in its data; with the run's seed it seeds the row's sampler."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled completion with the log-probabilities of the distribution it was drawn from."""
+
+    problem: Problem
+    text: str
+    """Prefill plus decoded completion, without the end token: what rewards and people read."""
+    token_ids: list[int]
+    """The sampled tokens, end token included where one was sampled; the prefill is not among them."""
+    logprobs: list[float]
+    """One per token, under the distribution really sampled from (temperature, top-p, top-k, min-p)."""
+    kept_ids: list[list[int]] | None = None
+    """Per token, the ids that top-p, top-k or min-p left to choose from; None where none was on."""
+    finish_reason: FinishReason = "stop"
+
+
+class Score(NamedTuple):
+    """What a reward says of one completion; value None means it could not be scored."""
+
+    value: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One training sequence, still Python lists: prompt and completion, and which tokens teach."""
+
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """True where the token is a target: it is predicted from the tokens before it."""
+    prompt_length: int = 0
+    """Tokens at the front that consecutive rows may share; a shared prompt is computed once."""
+    weight: float = 1.0
+    """Factor of every taught token of this row (see algos/averaging.py)."""
+    streams: dict[str, list[float]] = field(default_factory=dict)
+    """Per-token numbers a loss asks for by name, aligned to token_ids as targets."""
+    kept_ids: list[list[int]] | None = None
+    """Per token of token_ids, the ids the sampler chose from (empty list: all of them)."""
+
+    @property
+    def num_taught(self) -> int:
+        return sum(self.loss_mask)
+
+
+class Segment(NamedTuple):
+    """A run of packed tokens that see each other causally, and before that a shared prompt."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Packing:
+    """Which packed tokens see which: segments in order, then padding up to num_tokens.
+
+    A token of a segment sees the segment's prefix (if any) and the segment's tokens up to itself.
+    `plans` is where the attention seam keeps the index maps it derives, one per device.
+    """
+
+    segments: list[Segment]
+    num_tokens: int
+    plans: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def num_real_tokens(self) -> int:
+        return sum(s.length for s in self.segments)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """The rows of one forward pass laid end to end, and the N predictions that count in it."""
+
+    input_ids_T: Tensor
+    positions_T: Tensor
+    packing: Packing
+    source_N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    row_N: Tensor
+    """Which row of this batch each prediction belongs to."""
+    num_rows: int
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    kept_ids_N: list[list[int]] | None = None
+    """Per prediction, the ids the sampler chose from; log-probs are renormalised over them."""
+    temperature: float = 1.0
+    """Logits are divided by it before log-probs are taken, for policy and reference alike."""
+    rows: list[Row] = field(default_factory=list)
+    """The rows this batch was made of, so that it can be cut in halves when memory runs out."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenOutputs:
+    """What a model says about each prediction that counts, in float32."""
+
+    logprobs_N: Tensor
+    entropy_N: Tensor | None = None
+    row_N: Tensor | None = None
+    num_rows: int = 0
