@@ -146,18 +146,12 @@ class OptimSettings(Section):
 
 
 class TrainSettings(Section):
-    """How long to train and on how much at once."""
+    """How long to train, and what makes a run repeatable."""
 
     num_train_epochs: float = Field(1.0, gt=0)
     """Passes over the training rows; max_steps wins where given."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps to take."""
-    per_device_train_batch_size: int = Field(8, ge=1)
-    """Rows per forward pass and rank; memory grows with it, the result does not depend on it."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
-    average: Literal["token", "sequence"] = "token"
-    """What a step averages over: every taught token alike, or every row alike."""
     seed: int = 42
     """Seed of everything random in the run."""
     early_stopping_patience: int = Field(0, ge=0)
@@ -166,11 +160,22 @@ class TrainSettings(Section):
     """CPU threads for tensor work; 0 takes all cores this process may use. Part of exact reproducibility."""
 
 
+class BatchTrainSettings(TrainSettings):
+    """The same, for recipes that take rows from a file."""
+
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Rows per forward pass and rank; memory grows with it, the result depends on rows per step only."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
+    average: Literal["token", "sequence"] = "token"
+    """What a step averages over: every taught token alike, or every row alike."""
+
+
 class EvalSettings(Section):
     """Evaluation during the run."""
 
     steps: int = Field(0, ge=0)
-    """Evaluate every so many optimizer steps (rounds, for GRPO); 0 only at the end, and only where data.eval is given."""
+    """Evaluate every so many optimizer steps; 0 only at the end, and only where data.eval is given."""
     at_start: bool = False
     """Evaluate before the first step too."""
     batch_size: int = Field(8, ge=1)
@@ -271,7 +276,7 @@ class RewardSettings(Section):
     function: str = "reasoning"
     """A built-in reward, or your own as file.py:function or package.module:function."""
     form: Literal["answer_tags", "boxed"] = "answer_tags"
-    """The form of the reasoning reward: <think>…</think><answer>…</answer>, or a closed think block, then a last \\boxed{}."""
+    """Form of the reasoning reward: think and answer blocks, or a closed think block and a last \\boxed{}."""
     strict_form: bool = True
     """Nothing but white space around and between the blocks; false allows other text there."""
     timeout_s: float = Field(1.0, gt=0)

@@ -54,3 +54,11 @@ class LockedError(KitaeError):
     """Another process is running in this output directory."""
 
     exit_code = 75
+
+
+class StoppedError(KitaeError):
+    """The run was stopped by a signal; the text says what was saved and how to go on."""
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -9,9 +9,10 @@ laid once, and every completion of it continues its positions. Shared-prompt pac
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from kitae.types import Batch, Packing, Row, Segment
 
@@ -70,6 +71,17 @@ def collate(
     return [
         _batch(rows[i : i + rows_per_forward], share_prompts=share_prompts, temperature=temperature)
         for i in range(0, len(rows), rows_per_forward)
+    ]
+
+
+def with_stream(rows: Sequence[Row], name: str, batches: Sequence[Batch], values: Sequence[Tensor]) -> list[Row]:
+    """The rows with one more stream: values[b] holds a number per prediction of batches[b] of these same rows."""
+    numbers = [number for tensor in values for number in tensor.tolist()]
+    assert len(numbers) == sum(len(batch.source_N) for batch in batches) == sum(r.num_taught for r in rows)
+    given = iter(numbers)
+    return [
+        replace(row, streams={**row.streams, name: [next(given) if taught else 0.0 for taught in row.loss_mask]})
+        for row in rows
     ]
 
 

@@ -35,12 +35,12 @@ def make_tokenizer(*, prefill: str = "", strip_thinking: bool = False, extra: st
     from transformers import PreTrainedTokenizerFast
 
     characters = ["\n", *map(chr, range(32, 127)), *extra]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *TAGS, "<unk>", *characters])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *TAGS, *ROLES, "<unk>", *characters])}
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = Split(Regex("[\\s\\S]"), "isolated")
     core.decoder = Fuse()
     core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
+    core.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS + ROLES])
     template = CHAT_TEMPLATE.replace("prefill }}", f"{prefill!r} }}}}" if prefill else "'' }}")
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -8,6 +8,7 @@ Papers: arXiv:2402.03300 (GRPO), arXiv:2501.12948 (rule rewards), arXiv:2503.144
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -67,3 +68,107 @@ class Settings(Section):
     eval: EvalSettings = EvalSettings()
     save: SaveSettings = SaveSettings(metric="eval/accuracy")
     log: LogSettings = LogSettings()
+
+
+def train(cfg: Settings, setup: Setup) -> None:
+    """Alternate rounds of sampling with `updates_per_round x epochs_per_round` optimizer steps on each."""
+    import torch
+
+    from kitae.algos import advantages, averaging, losses
+    from kitae.data.collate import collate
+    from kitae.train.buffer import RolloutBuffer
+
+    problems, held_out = setup.problems(max_prompt_length=cfg.rollout.max_prompt_length)
+    loader = setup.loader(problems, items_per_step=cfg.rollout.prompts_per_round)
+    buffer = RolloutBuffer(updates=cfg.rollout.updates_per_round, epochs=cfg.rollout.epochs_per_round)
+    steps_per_round = buffer.updates * buffer.epochs
+    total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch * steps_per_round)
+    learner = setup.learner(total_steps=total)
+    sampler = setup.sampler(learner, cfg.rollout)
+    judge = setup.judge(cfg.reward)
+    reference = setup.reference(learner) if cfg.grpo.kl_coef > 0 else None
+    setup.run.track("buffer", buffer)
+    loss_fn = partial(
+        losses.clipped_policy_gradient,
+        clip_low=cfg.grpo.clip_low,
+        clip_high=cfg.grpo.clip_high,
+        kl_coef=cfg.grpo.kl_coef,
+    )
+
+    for step in setup.run.steps(total, evaluate=setup.accuracy_evaluator(sampler, judge, held_out)):
+        metrics: dict[str, float] = {}
+        if buffer.is_used_up:
+            # 1. Sample G completions of each prompt with the current policy.
+            temperature = annealed(cfg.rollout, step=step, total=total)
+            groups = sampler.sample(loader.take(), n=cfg.rollout.num_generations, temperature=temperature, seed=step)
+
+            # 2. Judge them. NaN marks a completion that could not be scored.
+            scores = judge.score(groups)
+            rewards_PG = torch.tensor([[nan_if_none(s.value) for s in group] for group in scores])
+            rewards_PG = rewards_PG.view(len(groups), cfg.rollout.num_generations)
+
+            # 3. A group whose rewards are all equal has advantage 0 everywhere: it teaches nothing.
+            advantages_PG = advantages.group_relative(rewards_PG, scale_by_std=cfg.grpo.scale_by_std)
+
+            # 4. Lay prompt and completion out as rows. From here on this is ordinary training.
+            rows = [to_rows(g, s, a, cfg.rollout) for g, s, a in zip(groups, scores, advantages_PG, strict=True)]
+            if reference is not None:
+                rows = [reference.annotate(group, "ref_logprobs", temperature=temperature) for group in rows]
+            buffer.fill(rows, temperature=temperature)
+            metrics |= setup.report_round(step, groups, scores, rewards_PG, temperature=temperature)
+
+        # 5. The denominator is fixed before dead groups leave; with a KL term they stay.
+        weighed, denominator = averaging.weigh(
+            buffer.take(), cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
+        )
+        teaching = [row for row in weighed if teaches(row, has_reference=reference is not None)]
+        batches = collate(teaching, rows_per_forward=cfg.rollout.rows_per_forward, temperature=buffer.temperature)
+
+        # 6. Gradient, then update.
+        metrics |= learner.forward_backward(batches, loss_fn, denominator=denominator)
+        metrics |= learner.optim_step()
+        setup.run.log(step, setup.train_metrics(metrics, batches))
+
+
+def annealed(rollout: RolloutSettings, *, step: int, total: int) -> float:
+    """Temperature of the round that starts at `step`: linear from the first round's to the last round's."""
+    per_round = rollout.updates_per_round * rollout.epochs_per_round
+    rounds, this = -(-total // per_round), (step - 1) // per_round
+    final = rollout.initial_temperature if rollout.final_temperature is None else rollout.final_temperature
+    share = this / max(rounds - 1, 1)
+    return rollout.initial_temperature * (1 - share) + final * share
+
+
+def to_rows(
+    group: list[Rollout], scores: list[Score], advantages_G: Tensor, rollout: RolloutSettings
+) -> list[Row]:
+    """One group as training rows. Streams are 0 on the prompt, where nothing is taught.
+
+    A completion that could not be scored teaches nothing, nor does a truncated one under mask_truncated.
+    """
+    from kitae.types import Row
+
+    rows = []
+    for completion, score, advantage in zip(group, scores, advantages_G.tolist(), strict=True):
+        prompt = completion.problem.token_ids
+        blank = [0.0] * len(prompt)
+        is_masked = rollout.mask_truncated and completion.finish_reason == "length"
+        is_taught = score.value is not None and not is_masked
+        rows.append(
+            Row(
+                token_ids=prompt + completion.token_ids,
+                loss_mask=[False] * len(prompt) + [is_taught] * len(completion.token_ids),
+                prompt_length=len(prompt),
+                streams={
+                    "advantages": blank + [advantage] * len(completion.token_ids),
+                    "old_logprobs": blank + completion.logprobs,
+                },
+                kept_ids=None if completion.kept_ids is None else [[]] * len(prompt) + completion.kept_ids,
+            )
+        )
+    return rows
+
+
+def teaches(row: Row, *, has_reference: bool) -> bool:
+    """Whether a row can have a gradient: rows without advantage only do through the KL term."""
+    return row.num_taught > 0 and (has_reference or any(row.streams["advantages"]))

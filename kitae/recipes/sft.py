@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kitae.config import (
+    BatchTrainSettings,
     DataSettings,
     EvalSettings,
     LogSettings,
@@ -16,7 +17,6 @@ from kitae.config import (
     OptimSettings,
     SaveSettings,
     Section,
-    TrainSettings,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +37,34 @@ class Settings(Section):
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    train: BatchTrainSettings = BatchTrainSettings()
     optim: OptimSettings = OptimSettings()
     eval: EvalSettings = EvalSettings()
     save: SaveSettings = SaveSettings()
     log: LogSettings = LogSettings()
+
+
+def train(cfg: Settings, setup: Setup) -> None:
+    """Train on rendered rows; the step's result depends on rows per step, not on how they are cut into passes."""
+    from kitae.algos import averaging, losses
+    from kitae.data.collate import collate
+
+    rows, held_out = setup.rendered_rows(max_length=cfg.data.max_length)
+    rows_per_forward = cfg.train.per_device_train_batch_size
+    rows_per_step = rows_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
+    loader = setup.loader(rows, items_per_step=rows_per_step)
+    total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
+    learner = setup.learner(total_steps=total)
+
+    for step in setup.run.steps(total, evaluate=setup.loss_evaluator(learner, held_out)):
+        # 1. This rank's rows of the step. An item is one conversation; its template may cut it into several rows.
+        taken = [row for item in loader.take() for row in item]
+
+        # 2. One denominator for the whole step, whatever the forward passes and ranks.
+        weighed, denominator = averaging.weigh(taken, cfg.train.average)
+        batches = collate(weighed, rows_per_forward=rows_per_forward)
+
+        # 3. Gradient, then update.
+        metrics = learner.forward_backward(batches, losses.cross_entropy, denominator=denominator)
+        metrics |= learner.optim_step()
+        setup.run.log(step, setup.train_metrics(metrics, batches))

@@ -1,0 +1,167 @@
+"""The policy: an unmodified transformers causal LM, called on packed batches through the seams.
+
+    Batch --backbone (attention seam)--> hidden_TH --source_N--> head seam --> logprobs_N, entropy_N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kitae.config import SeamSettings
+from kitae.errors import ModelError
+from kitae.models import heads
+from kitae.models.families import GENERIC, Family
+from kitae.models.seams import AttentionCache
+from kitae.types import Batch, Packing
+
+
+class Policy(nn.Module):
+    """A causal LM that scores packed rows; `causal_lm` is the transformers model, adapters injected inside it."""
+
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        *,
+        dtype: torch.dtype,
+        seams: SeamSettings,
+        family: Family = GENERIC,
+        peft: Any = None,
+        reference_adapter: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.causal_lm: Any = causal_lm  # a transformers PreTrainedModel, whose attributes are dynamic
+        # Not registered as a submodule: it wraps causal_lm, and every parameter would have two names.
+        object.__setattr__(self, "peft", peft)
+        self.config = self.causal_lm.config
+        self.family = family
+        self.dtype = dtype
+        """What it computes in; the parameters' own dtype may be wider where they are sharded."""
+        self.seams = seams
+        """The seams really in use."""
+        self.reference_adapter = reference_adapter
+
+    peft: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(
+        self, batch: Batch, *, with_entropy: bool = False, coefficients_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of batch.targets_N, and the entropies of their distributions when asked, in float32.
+
+        Both are of logits over batch.temperature, renormalised over batch.kept_ids_N. `coefficients_N` is
+        d loss / d logprob where it is known ahead (a linear loss): the head's gradient is then computed right away.
+        """
+        device = self.device
+        targets_N = batch.targets_N.to(device)
+        hidden_TH = self.hidden(batch.input_ids_T.to(device), batch.positions_T.to(device), batch.packing)
+        hidden_NH = hidden_TH.index_select(0, batch.source_N.to(device))
+        kept = None if batch.kept_ids_N is None else heads.Kept.of(batch.kept_ids_N, targets_N)
+        if not self.seams.head:
+            logprobs_N, entropy_N = heads.plain_logprobs(
+                self.logits(hidden_NH), targets_N, temperature=batch.temperature, kept=kept
+            )
+            return logprobs_N, entropy_N if with_entropy else None
+        head = self.causal_lm.get_output_embeddings()
+        return heads.chunked_logprobs(
+            hidden_NH,
+            head.weight,
+            head.bias,
+            targets_N,
+            temperature=batch.temperature,
+            kept=kept,
+            with_entropy=with_entropy,
+            coefficients_N=None if coefficients_N is None else coefficients_N.to(device),
+        )
+
+    def hidden(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        packing: Packing,
+        *,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
+        """Hidden states [T, H] after the final norm. A sampler's `cache` takes over attention, see AttentionCache."""
+        if not self.seams.attention:
+            if cache is not None:
+                raise ModelError(
+                    f"sampling with a cache needs the attention seam, which is off for {self.config.model_type}"
+                )
+            return self._hidden_row_by_row(input_ids_T, packing)
+        out = self._backbone(input_ids_T, positions_T, packing=packing, kv_cache=cache)
+        return out[0]
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Float32 logits [N, V] of hidden states, with the architecture's own scaling and soft-cap."""
+        logits_NV: Tensor = self.causal_lm.get_output_embeddings()(hidden_NH).float()
+        return scaled_logits(logits_NV, self.config)
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters that train, by the names checkpoints use (those of causal_lm)."""
+        return [(name, p) for name, p in self.causal_lm.named_parameters() if p.requires_grad]
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Inside it the model computes without its adapter; without one, nothing changes."""
+        context: AbstractContextManager[None] = nullcontext() if self.peft is None else self.peft.disable_adapter()
+        return context
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside it the model is the one this run started from: adapter off, or the frozen start adapter."""
+        if self.reference_adapter is None:
+            with self.without_adapter():
+                yield
+            return
+        active = self.peft.active_adapter
+        self.peft.set_adapter(self.reference_adapter, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.peft.set_adapter(active)
+
+    def _backbone(self, input_ids_T: Tensor, positions_T: Tensor, **passed_to_attention: Any) -> Tensor:
+        hidden: Tensor = self.causal_lm.get_decoder()(
+            input_ids=input_ids_T[None],
+            position_ids=positions_T[None],
+            attention_mask=None,
+            use_cache=False,
+            **passed_to_attention,
+        ).last_hidden_state
+        return hidden
+
+    def _hidden_row_by_row(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
+        """Every segment by itself, after its prefix, through the model's own attention; padding gets zeros."""
+        hidden = []
+        for s in packing.segments:
+            prefix_T = input_ids_T[s.prefix_start : s.prefix_start + s.prefix_length]
+            row_T = torch.cat((prefix_T, input_ids_T[s.start : s.start + s.length]))
+            positions_T = torch.arange(len(row_T), device=row_T.device)
+            hidden.append(self._backbone(row_T, positions_T)[0, s.prefix_length :])
+        padding = packing.num_tokens - packing.num_real_tokens
+        return torch.cat([*hidden, hidden[0].new_zeros(padding, hidden[0].shape[-1])])
+
+
+def scaled_logits(logits_NV: Tensor, config: Any) -> Tensor:
+    """Logits as the architecture means them: Granite's and Cohere's scales, Gemma's soft-cap."""
+    if divisor := getattr(config, "logits_scaling", None):
+        logits_NV = logits_NV / divisor
+    if factor := getattr(config, "logit_scale", None):
+        logits_NV = logits_NV * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits_NV = (logits_NV / cap).tanh() * cap
+    return logits_NV
+
+
+def has_plain_head(causal_lm: Any) -> bool:
+    """Whether logits are the head's linear map of the hidden states and nothing else."""
+    head = causal_lm.get_output_embeddings()
+    scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    return type(head) is nn.Linear and not any(getattr(causal_lm.config, name, None) for name in scales)

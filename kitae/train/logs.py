@@ -1,0 +1,57 @@
+"""train.log: one line per event, secrets masked, control characters written out; tracebacks go here only."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from kitae.train.files import disk_errors
+from kitae.train.progress import ConsoleHandler
+
+SECRET = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|(?<=Bearer )[\w.~+/=-]{8,}|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Clean(logging.Formatter):
+    """Masks tokens and passwords, and writes control characters as escapes, so that no line forges another."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = SECRET.sub("***", super().format(record))
+        return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = record.message.replace("\n", "\\n")
+        return super().formatMessage(record)
+
+
+class RunLog:
+    """Sends kitae's log lines to train.log and to the terminal, from open to close; silent on ranks above 0."""
+
+    def __init__(self, folder: Path | None, *, level: str, console: Console) -> None:
+        self._logger = logging.getLogger("kitae")
+        self._before = (self._logger.level, self._logger.propagate)
+        self._handlers: list[logging.Handler] = []
+        if folder is None:
+            self._logger.setLevel(logging.ERROR)
+            return
+        with disk_errors(folder / "train.log"):
+            file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(Clean("%(asctime)s %(levelname)s %(message)s"))
+        self._handlers.append(file)
+        if not self._logger.handlers:  # nobody prints kitae's lines yet
+            terminal = ConsoleHandler(console)
+            terminal.setFormatter(Clean("%(message)s"))
+            self._handlers.append(terminal)
+        for handler in self._handlers:
+            self._logger.addHandler(handler)
+        self._logger.setLevel(level.upper())
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+        self._logger.setLevel(self._before[0])
+        self._logger.propagate = self._before[1]

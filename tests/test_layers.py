@@ -1,0 +1,105 @@
+"""The layers of docs/architecture.md, kept by reading every import of the project."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = [
+    {"types", "errors"},
+    {"config", "settings", "plugins", "algos", "backends"},
+    {"data", "rewards", "models", "parallel"},
+    {"rollout", "train"},
+    {"recipes", "evaluate", "export"},
+    {"serve", "jobs"},
+    {"cli", "console", "__main__", "__init__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+FIRST_TOUR = [
+    "recipes/grpo.py", "rewards/reasoning.py", "algos/advantages.py", "data/collate.py", "algos/averaging.py",
+    "algos/losses.py", "models/seams.py", "train/learner.py", "rollout/scheduler.py", "rollout/base.py",
+    "rollout/generic.py",
+]  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(ROOT / "kitae")
+    return relative.parts[0].removesuffix(".py")
+
+
+def kitae_imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "kitae" and len(name.split(".")) > 1:
+                yield node.lineno, name.split(".")[1]
+
+
+def test_imports_point_down_the_layers():
+    wrong = []
+    for path in sorted((ROOT / "kitae").rglob("*.py")):
+        own = room_of(path)
+        assert own in LEVEL, f"{path} lies in no layer; add {own!r} to the architecture page and to this test"
+        for line, other in kitae_imports(path):
+            if other == own or other not in LEVEL:
+                continue
+            sibling_ok = LEVEL[own] in (1, 6)  # settings read config and plugins; commands share helpers
+            if LEVEL[other] > LEVEL[own] or (LEVEL[other] == LEVEL[own] and not sibling_ok):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} ({own}) imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_settings_and_recipe_settings_need_no_torch():
+    code = (
+        "import sys, kitae, kitae.types, kitae.config, kitae.settings, kitae.plugins, kitae.recipes.sft,"
+        "kitae.recipes.grpo; bad = [m for m in ('torch', 'transformers', 'pyarrow') if m in sys.modules];"
+        "sys.exit(f'imported: {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def code_lines(path: Path) -> int:
+    """Lines that are neither blank, comment, nor docstring."""
+    tree = ast.parse(path.read_text())
+    documented: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            documented |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = path.read_text().splitlines()
+    return sum(
+        1
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.strip().startswith("#") and number not in documented
+    )
+
+
+def test_grpo_can_be_read_in_one_sitting():
+    lines = {name: code_lines(ROOT / "kitae" / name) for name in FIRST_TOUR}
+    assert sum(lines.values()) <= 1500, lines
+
+
+def test_no_pickle_and_no_eval_anywhere():
+    banned = ("torch.load(", "pickle", "eval(", "exec(", "shell=True", "yaml.load(", "os.system(")
+    found = []
+    for path in sorted((ROOT / "kitae").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                call = ast.unparse(node.func) + "("
+                keywords = {f"{k.arg}={ast.unparse(k.value)}" for k in node.keywords}
+                is_bad = any(call == b or call.endswith("." + b) for b in banned if b.endswith("("))
+                if (is_bad and call not in ("self.eval(", "policy.eval(") and not call.endswith("model.eval("))\
+                        or "shell=True" in keywords:
+                    if call.endswith(".eval(") or "exec_module" in call:
+                        continue
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {call}")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+                if any(n.split(".")[0] in ("pickle", "dill", "cloudpickle") for n in names):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} imports pickle")
+    assert not found, "\n".join(found)
