@@ -1,0 +1,77 @@
+"""Kinds of hardware behind one small protocol; the files of this folder are the only ones that name any."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kitae.errors import ConfigError
+from kitae.plugins import did_you_mean, names_in
+
+Feature = Literal["bfloat16", "float16", "nf4"]
+
+
+class Backend(Protocol):
+    """What the rest of kitae asks of a kind of device; each module of this package has one, named BACKEND."""
+
+    name: str
+    """torch's device type."""
+    process_group: str
+    """Name of the torch.distributed backend between such devices."""
+    preference: int
+    """`auto` takes the available backend with the highest."""
+
+    def is_available(self) -> bool: ...
+
+    def supports(self, feature: Feature) -> tuple[bool, str]:
+        """Whether the hardware is good at it, and the reason to show."""
+
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the process with this number on its machine."""
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        """Bytes free now, and bytes in all."""
+
+    def peak_memory(self, device: torch.device) -> int:
+        """The most bytes this process has held so far."""
+
+    def synchronize(self, device: torch.device) -> None: ...
+
+    def seed(self, seed: int) -> None: ...
+
+    def rng_state(self, device: torch.device) -> Tensor: ...
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None: ...
+
+
+def pick(name: str = "auto") -> Backend:
+    """The backend of a device name such as cuda or cuda:1, or for auto the best one that is available."""
+    known = names_in(__name__)
+    kind = name.partition(":")[0]
+    if kind == "auto":
+        return max((b for b in map(_load, known) if b.is_available()), key=lambda b: b.preference)
+    if kind not in known:
+        raise ConfigError(f"model.device {name!r} is unknown; {did_you_mean(kind, ['auto', *known])}")
+    backend = _load(kind)
+    if not backend.is_available():
+        raise ConfigError(f"model.device is {name!r}, but this machine has no {kind} device; use auto or cpu")
+    return backend
+
+
+def pick_device(name: str = "auto", *, local_rank: int = 0) -> torch.device:
+    """The torch device a setting such as auto, cpu, cuda or cuda:1 means for this process."""
+    backend = pick(name)
+    return torch.device(name) if ":" in name else backend.device(local_rank)
+
+
+def of(device: torch.device) -> Backend:
+    """The backend of a device in use."""
+    return _load(device.type)
+
+
+def _load(name: str) -> Backend:
+    backend: Backend = importlib.import_module(f"{__name__}.{name}").BACKEND
+    return backend

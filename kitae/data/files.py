@@ -55,7 +55,9 @@ def _expand_one(path: str, split: str) -> list[DataFile]:
 
 def _in_folder(folder: Path, path: str) -> list[DataFile]:
     inside = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file())
-    files = [p for p in inside if p.suffix.lower() in READERS and not any(part.startswith(".") for part in p.parts)]
+    files = [
+        p for p in inside if p.suffix.lower() in READERS and not any(part.startswith(".") for part in p.parts)
+    ]
     if not files:
         raise DataError(f"{path}: no {', '.join(READERS)} file in this folder")
     return [DataFile(folder / p, str(Path(path) / p)) for p in files]
@@ -64,11 +66,13 @@ def _in_folder(folder: Path, path: str) -> list[DataFile]:
 def _fetch(url: str) -> list[DataFile]:
     """Copy remote files here by fsspec; they are removed when the last DataFile is gone."""
     try:
-        import fsspec
+        import fsspec  # type: ignore[import-untyped]  # it ships no types
 
         files, _, found = fsspec.get_fs_token_paths(url, expand=True)
     except ImportError as error:
-        raise MissingExtraError(f"{url} needs another package: pip install 'kitae[remote]' ({error})") from error
+        raise MissingExtraError(
+            f"{url} needs another package: pip install 'kitae[remote]' ({error})"
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{url}: {error}") from error
     folder = tempfile.TemporaryDirectory(prefix="kitae-remote-")
@@ -88,7 +92,12 @@ def _fetch(url: str) -> list[DataFile]:
 def _from_hub(name: str, split: str) -> list[DataFile]:
     """Download the files of one split of a hub data set: `owner/name`, or `owner/name/config`."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     owner, repo, *config = name.split("/", 2)
     repo_id = f"{owner}/{repo}"
@@ -101,9 +110,17 @@ def _from_hub(name: str, split: str) -> list[DataFile]:
             folder = Path(snapshot_download(repo_id, repo_type="dataset", local_files_only=True))
             names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
             chosen = select_split(names, name=name, split=split, config=config[0] if config else None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: no such file or folder here, and not to be had from the hub: {reason}") from error
+        raise DataError(
+            f"{name}: no such file or folder here, and not to be had from the hub: {reason}"
+        ) from error
     return [DataFile(folder / file, f"{repo_id}/{file}") for file in chosen]
 
 
@@ -117,15 +134,23 @@ def select_split(names: Sequence[str], *, name: str, split: str, config: str | N
     if config is not None:
         files = [file for file in files if file.startswith(f"{config}/")]
     if not files:
-        raise DataError(f"{name}: the hub data set has no {', '.join(READERS)} files{f' in {config}' if config else ''}")
+        raise DataError(
+            f"{name}: the hub data set has no {', '.join(READERS)} files{f' in {config}' if config else ''}"
+        )
     by_split = [file for file in files if _names_split(file, split)]
-    any_split = any(_names_split(file, s) for file in files for s in ("train", "test", "validation", "valid", "dev"))
+    any_split = any(
+        _names_split(file, s) for file in files for s in ("train", "test", "validation", "valid", "dev")
+    )
     if not by_split and (split != "train" or any_split):
-        raise DataError(f"{name}: no files of the split {split!r} (data.split); there are {', '.join(files[:8])}")
+        raise DataError(
+            f"{name}: no files of the split {split!r} (data.split); there are {', '.join(files[:8])}"
+        )
     chosen = by_split or files
     folders = sorted({file.partition("/")[0] for file in chosen if "/" in file})
     if config is None and len(folders) > 1:
-        raise DataError(f"{name}: has several configurations; name one of {', '.join(f'{name}/{f}' for f in folders)}")
+        raise DataError(
+            f"{name}: has several configurations; name one of {', '.join(f'{name}/{f}' for f in folders)}"
+        )
     return chosen
 
 

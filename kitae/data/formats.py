@@ -1,12 +1,11 @@
 """From the shapes people keep their rows in to one: turns, a gold answer, and the other columns.
 
-    record --column mapping--> record of our names --shape by its keys--> Example
+record --column mapping--> record of our names --shape by its keys--> Example
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,7 +84,7 @@ def to_example(
 
 def is_taught(turn: Message) -> bool:
     """Whether a turn is a target of supervised fine-tuning."""
-    return turn["role"] == "assistant" and turn.get("taught", True)
+    return turn["role"] == "assistant" and bool(turn.get("taught", True))
 
 
 def extract_answer(text: str) -> str | None:
@@ -129,7 +128,9 @@ def _read(record: dict[str, Any]) -> tuple[list[Message], Any, bool]:
         if name in record:
             return _question(record, name)
     known = "messages, conversations, instruction, prompt, problem or question"
-    raise RowError(f"no column named {known}; found {', '.join(map(str, record)) or 'none'} (see data.columns)")
+    raise RowError(
+        f"no column named {known}; found {', '.join(map(str, record)) or 'none'} (see data.columns)"
+    )
 
 
 def _instruction(record: dict[str, Any]) -> list[Message]:
@@ -152,7 +153,11 @@ def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bo
     """A question under one of its names, and what answers it."""
     value = record[name]
     turns = _optional(record, "system")
-    turns += _turns(value, name) if isinstance(value, list) else [{"role": "user", "content": value, "field": name}]
+    turns += (
+        _turns(value, name)
+        if isinstance(value, list)
+        else [{"role": "user", "content": value, "field": name}]
+    )
     answer = record.get("answer")
     for column in ("completion", "solution", "response", "output"):
         if column in record:
@@ -242,7 +247,9 @@ def _checked(turns: list[Message]) -> list[Message]:
         if role == "system" and before is not None:
             raise RowError("a system turn may only come first, and once", field=where)
         if role in ("assistant", "tool") and before in (None, "system"):
-            raise RowError(f"the first turn after the system turn must be the user's, not {role}", field=where)
+            raise RowError(
+                f"the first turn after the system turn must be the user's, not {role}", field=where
+            )
         if role == before != "tool":
             raise RowError(f"two {role} turns in a row", field=where)
         kept = {"taught": False} if role == "assistant" and not turn.get("taught", True) else {}
@@ -269,7 +276,11 @@ def _answer_of_target(messages: list[Message]) -> str | None:
 
 
 def _with_target(
-    messages: list[Message], *, answer: str | None, worked: bool, target: Literal["auto", "think_answer", "as_is"]
+    messages: list[Message],
+    *,
+    answer: str | None,
+    worked: bool,
+    target: Literal["auto", "think_answer", "as_is"],
 ) -> list[Message]:
     """A worked solution without tags becomes think and answer blocks, where the setting and the row ask for it."""
     last = messages[-1]
@@ -316,5 +327,11 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    names: dict[type, str] = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")

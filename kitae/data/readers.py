@@ -107,7 +107,9 @@ def _read_json(path: Path, name: str) -> Records:
         try:
             record, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise DataError(f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+            raise DataError(
+                f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON: {error or 'nested too deep'}") from error
         yield record, where
@@ -165,8 +167,8 @@ def _csv_text(line: bytes | RowError) -> str:
 
 
 def _read_parquet(path: Path, name: str) -> Records:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]  # it ships no types
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         file = pyarrow.parquet.ParquetFile(path)

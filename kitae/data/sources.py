@@ -38,11 +38,11 @@ class Problems:
         self.listed: list[str] = []
         self.total = 0
 
-    def add(self, where: str, reason: object) -> None:
-        """Note one bad row."""
+    def add(self, problem: object) -> None:
+        """Note one bad row: its file and line, and the reason."""
         self.total += 1
         if len(self.listed) < MAX_LISTED:
-            self.listed.append(f"{where}: {reason}")
+            self.listed.append(str(problem))
 
     def settle(self, *, skip: bool, num_rows: int) -> None:
         """Refuse if there were any, or say how many were left out."""
@@ -106,10 +106,12 @@ def open_dataset(
             try:
                 if isinstance(record, RowError):
                     raise record
-                example = to_example(record, data=data, purpose=purpose, need_answer=need_answer, source=where)
+                example = to_example(
+                    record, data=data, purpose=purpose, need_answer=need_answer, source=where
+                )
                 content = _as_json([example.messages, example.answer, example.columns])
             except RowError as error:
-                problems.add(where, error)
+                problems.add(f"{where}: {error}")
                 continue
             whole.update(len(content).to_bytes(8, "little"))
             whole.update(content)

@@ -16,7 +16,7 @@ class RecordStore:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="kitae-data-")
+        self._file = tempfile.TemporaryFile(prefix="kitae-data-")  # noqa: SIM115 - lives as long as the store
         self._ends = array("Q")
 
     def append(self, record: bytes) -> None:

@@ -41,7 +41,9 @@ class TextEncoder:
         """Added tokens by their text. White-space ones (code models have them) are text like any other."""
         self.tag_ids = {self.control_ids[tag] for tag in TAGS if tag in self.control_ids}
         self._ids = frozenset(self.control_ids.values())
-        self._search = re.compile("|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True))) or r"(?!)")
+        self._search = re.compile(
+            "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True))) or r"(?!)"
+        )
         self._normalizes = core.normalizer is not None and core.normalizer.normalize_str(_PROBE) != _PROBE
         self._heads = tuple({text[:n] for text in self.control_ids for n in range(2, len(text))})
         self._tails = tuple({text[n:] for text in self.control_ids for n in range(1, len(text) - 1)})
@@ -74,21 +76,21 @@ class TextEncoder:
         return "" if feed + alone == after else "\n"
 
     def _spans(self, text: str, allowed: set[str]) -> list[tuple[int, int]]:
-        """Where control tokens lie in text, in order, and the private-use characters that this class uses itself."""
+        """Where the tokenizer sees control tokens in a text."""
+        if not self._normalizes and not self._search.search(text):
+            return []
+        refused = self._ids.difference(self.control_ids.get(literal, -1) for literal in allowed)
+        found = self._core.encode(text, add_special_tokens=False)
+        return [span for i, span in zip(found.ids, found.offsets, strict=True) if i in refused]
+
+    def _edges(self, text: str) -> list[tuple[int, int]]:
+        """Parts of control tokens at the ends of a text, which its neighbours could complete; also Marks' own marks."""
         spans = [m.span() for m in _MARKS.finditer(text)]
-        if self._normalizes or self._search.search(text):
-            ids_kept = {self.control_ids[literal] for literal in allowed if literal in self.control_ids}
-            found = self._core.encode(text, add_special_tokens=False)
-            spans += [
-                (start, end)
-                for i, (start, end) in zip(found.ids, found.offsets, strict=True)
-                if i in self._ids and i not in ids_kept
-            ]
         if text.endswith(self._heads):
             spans.append((len(text) - max(len(h) for h in self._heads if text.endswith(h)), len(text)))
         if text.startswith(self._tails):
             spans.append((0, max(len(t) for t in self._tails if text.startswith(t))))
-        return _disjoint(spans)
+        return spans
 
     def _encode_bare(self, text: str) -> list[int]:
         """Ids of a piece that the tokenizer takes for a control token, by the model without added tokens."""
@@ -113,15 +115,15 @@ class Marks:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
         self._pieces: list[str] = []
-
-    def __len__(self) -> int:
-        """How many pieces were cut out."""
-        return len(self._pieces)
+        self.num_control = 0
+        """How many whole control tokens were found in the texts."""
 
     def hide(self, text: str, *, allowed: Iterable[str] = ()) -> str:
         """The text with a private-use character for each control token in it."""
         parts, done = [], 0
-        for start, end in self._encoder._spans(text, set(allowed)):
+        whole = self._encoder._spans(text, set(allowed))
+        self.num_control += len(whole)
+        for start, end in _disjoint(whole + self._encoder._edges(text)):
             parts += [text[done:start], chr(_MARK + len(self._pieces))]
             self._pieces.append(text[start:end])
             if len(self._pieces) > 0xFFFD:

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kitae.models.moves import move
 from kitae.types import Packing, Segment
 
 CALL_COST = 6000.0
@@ -84,12 +84,17 @@ def attend(
     value_size = v_TKD.shape[-1]
     if value_size != q_TQD.shape[-1]:  # torch's fused kernels want one head size
         v_TKD = F.pad(v_TKD, (0, q_TQD.shape[-1] - value_size))
-    q_S, k_S, v_S = (_to_slots(x, plan).split(plan.sizes) for x in (q_TQD, k_TKD, v_TKD))
+    to_slots, to_tokens = plan.token_of_slot_S, plan.slot_of_token_T
+    q_S, k_S, v_S = (
+        move(x, to_slots, back=to_tokens, unused=plan.padding_tokens).split(plan.sizes)
+        for x in (q_TQD, k_TKD, v_TKD)
+    )
     out_S = [
         _attend_bucket(bucket, q_S[i], k_S[i], v_S[i], k_TKD, v_TKD, scaling=scaling, dropout=dropout)
         for i, bucket in enumerate(plan.buckets)
     ]
-    return _to_tokens(torch.cat(out_S), plan)[..., :value_size]
+    out_T = move(torch.cat(out_S), to_tokens, back=to_slots, unused=plan.empty_slots)
+    return out_T[..., :value_size]
 
 
 def _attend_bucket(
@@ -126,34 +131,6 @@ def _prefix(x_TKD: Tensor, bucket: Bucket) -> Tensor:
     """Keys or values of the bucket's prefix, [rows, K, prefix, D]."""
     own = x_TKD.narrow(0, bucket.prefix_start, bucket.prefix_length).transpose(0, 1)
     return own.expand(bucket.num_rows, -1, -1, -1)
-
-
-def _to_slots(x_T: Tensor, plan: Plan) -> Tensor:
-    moved: Tensor = _Move.apply(x_T, plan.token_of_slot_S, plan.slot_of_token_T, plan.padding_tokens)
-    return moved
-
-
-def _to_tokens(x_S: Tensor, plan: Plan) -> Tensor:
-    moved: Tensor = _Move.apply(x_S, plan.slot_of_token_T, plan.token_of_slot_S, plan.empty_slots)
-    return moved
-
-
-class _Move(torch.autograd.Function):
-    """Select by `index`; the gradient goes back by `back`, which is faster and more exact than scattering.
-
-    That is right because each token has one slot; `unused` are the places nothing real was taken from.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, unused: Tensor) -> Tensor:
-        ctx.save_for_backward(back, unused)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        back, unused = ctx.saved_tensors
-        out = grad.index_select(0, back)
-        return (out.index_fill_(0, unused, 0.0) if len(unused) else out), None, None, None
 
 
 def _plan(packing: Packing, device: torch.device) -> Plan:

@@ -16,7 +16,7 @@ from kitae.config import SeamSettings
 from kitae.errors import ModelError
 from kitae.models import heads
 from kitae.models.families import GENERIC, Family
-from kitae.models.seams import AttentionCache
+from kitae.models.seams import AttentionCache, scaled_logits
 from kitae.types import Batch, Packing
 
 
@@ -147,21 +147,3 @@ class Policy(nn.Module):
             hidden.append(self._backbone(row_T, positions_T)[0, s.prefix_length :])
         padding = packing.num_tokens - packing.num_real_tokens
         return torch.cat([*hidden, hidden[0].new_zeros(padding, hidden[0].shape[-1])])
-
-
-def scaled_logits(logits_NV: Tensor, config: Any) -> Tensor:
-    """Logits as the architecture means them: Granite's and Cohere's scales, Gemma's soft-cap."""
-    if divisor := getattr(config, "logits_scaling", None):
-        logits_NV = logits_NV / divisor
-    if factor := getattr(config, "logit_scale", None):
-        logits_NV = logits_NV * factor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits_NV = (logits_NV / cap).tanh() * cap
-    return logits_NV
-
-
-def has_plain_head(causal_lm: Any) -> bool:
-    """Whether logits are the head's linear map of the hidden states and nothing else."""
-    head = causal_lm.get_output_embeddings()
-    scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    return type(head) is nn.Linear and not any(getattr(causal_lm.config, name, None) for name in scales)

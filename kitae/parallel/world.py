@@ -18,9 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kitae.errors import ConfigError
-
-STORE_VARIABLE = "KITAE_STORE"
-"""Path of the file where the ranks of `kitae launch` meet; without it they meet at torchrun's MASTER_ADDR."""
+from kitae.parallel.launch import STORE_VARIABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

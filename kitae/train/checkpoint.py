@@ -76,7 +76,9 @@ def save(folder: Path, *, step: int, state: State, identity: Mapping[str, Any], 
     needed = sum(world.gather_json(_size(skeleton, tensors)))
     problem = _prepare(aside, needed=needed) if world.is_main else None
     if (problem := world.broadcast_json(problem)) is None:
-        files, problem = _write_rank(aside, rank=world.rank, skeleton=skeleton, tensors=tensors, needed=needed)
+        files, problem = _write_rank(
+            aside, rank=world.rank, skeleton=skeleton, tensors=tensors, needed=needed
+        )
         reports = world.gather_json([files, problem])
         problem = next((text for _, text in reports if text), None)
         if problem is None and world.is_main:
@@ -190,7 +192,11 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -198,7 +204,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def _size(skeleton: bytes, tensors: Mapping[str, Tensor]) -> int:
@@ -261,7 +267,9 @@ def read(path: Path, *, rank: int) -> Loaded:
             f"{path.name}: format {manifest['format']} was written by another version of kitae; this one reads {FORMAT}"
         )
     if rank >= manifest["world_size"]:
-        rank = 0  # more ranks than before: Run refuses that by the manifest's identity, with the settings' names
+        rank = (
+            0  # more ranks than before: Run refuses that by the manifest's identity, with the settings' names
+        )
     names = (f"rank_{rank:03d}.json", f"rank_{rank:03d}.safetensors")
     for name in manifest["files"] if rank == 0 else names:
         _check(path / name, manifest["files"][name])
@@ -319,6 +327,7 @@ def unpack(skeleton: bytes, tensors: Mapping[str, Tensor]) -> State:
 
 def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        assert path not in tensors, f"two tensors of the state are called {path}"
         tensors[path] = value
         return {"$tensor": path}
     if isinstance(value, dict):
@@ -385,5 +394,3 @@ def restore_random_state(state: State, *, device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type != "cpu" and "device" in state:
         torch.get_device_module(device).set_rng_state(state["device"], device)
-
-

@@ -61,7 +61,7 @@ def free_bytes(path: Path) -> int | None:
 def human(size: int) -> str:
     """A size as people write it: 1536 -> "1.5 KiB"."""
     value, unit = float(size), "bytes"
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007 - the unit reached is the result
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
             break
         value /= 1024

@@ -50,7 +50,7 @@ class FlatParameters:
         self.slots = [
             _make_slot(name, parameter, master=master, grad=grad.view(local.shape))
             for (name, parameter), local, master, grad in zip(
-                named, locals_, masters.split(whole), self.grad.split(sizes), strict=True
+                named, locals_, torch.split(masters, whole), torch.split(self.grad, sizes), strict=True
             )
         ]
 
@@ -95,7 +95,7 @@ def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tens
             parameter.data = master
             parameter.grad = grad
         else:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)
+            parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
     seen = nn.Parameter(master)
     seen.grad = grad
     return Slot(name=name, parameter=parameter, master=seen)

@@ -46,7 +46,11 @@ class Lock:
             raise LockedError(_who_holds(path)) from error
         # A forked worker must not keep the lock when this process is killed.
         os.register_at_fork(after_in_child=self.release)
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        owner = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         os.ftruncate(self._descriptor, 0)
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         write_all(self._descriptor, json.dumps(owner).encode() + b"\n")
@@ -78,7 +82,9 @@ def claim(folder: Path, *, resume: bool, overwrite: bool, checkpoint_bytes: int,
     of one checkpoint, 0 if unknown; `model` is what will be loaded, which must not be removed here.
     """
     if resume and overwrite:
-        raise ConfigError("resume and overwrite are both on: one continues the run in output_dir, one replaces it")
+        raise ConfigError(
+            "resume and overwrite are both on: one continues the run in output_dir, one replaces it"
+        )
     try:
         foreign = _foreign(folder)
         if foreign is not None:
@@ -156,7 +162,11 @@ def _require_free(folder: Path, checkpoint_bytes: int) -> None:
 
 
 def _require_other_model(folder: Path, model: str | None) -> None:
-    if model is not None and Path(model).exists() and folder.resolve() in (Path(model).resolve(), *Path(model).resolve().parents):
+    if (
+        model is not None
+        and Path(model).exists()
+        and folder.resolve() in (Path(model).resolve(), *Path(model).resolve().parents)
+    ):
         raise ConfigError(
             f"overwrite would remove the model to be trained: model.name_or_path {model} lies in output_dir {folder}; "
             "choose another output_dir"
@@ -178,4 +188,6 @@ def leave_pointer(folder: Path, *, recipe: str) -> None:
         pointer: dict[str, Any] = {"path": str(folder), "recipe": recipe, "started": round(time.time(), 3)}
         write_json(where, pointer, is_durable=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory can be found
-        logger.info("the run is not listed in ~/.kitae (%s); set KITAE_HOME to a folder that can be written", error)
+        logger.info(
+            "the run is not listed in ~/.kitae (%s); set KITAE_HOME to a folder that can be written", error
+        )

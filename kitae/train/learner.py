@@ -8,21 +8,23 @@ on how rows are cut into passes nor on the number of ranks.
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kitae.config import OptimSettings
-from kitae.data.collate import collate, empty_batch
-from kitae.errors import CheckpointError, NonFiniteError, PlanError
+from kitae.data.collate import empty_batch
+from kitae.errors import CheckpointError, NonFiniteError
+from kitae.parallel import fsdp
 from kitae.parallel.world import World
 from kitae.train.flat import FlatParameters
+from kitae.train.memory import Passes
 from kitae.train.optim import LossScale, learning_rate, make_optimizer
 from kitae.types import Batch, TokenOutputs
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from kitae.models.policy import Policy
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Learner:
@@ -46,10 +47,12 @@ class Learner:
         self.flat = FlatParameters(policy.named_trainable())
         self.optimizer = make_optimizer(optim, [slot.master for slot in self.flat.slots])
         self.loss_scale = LossScale() if policy.dtype == torch.float16 else None
+        self._passes = Passes(world)
         self._has_gradient = False
         self._problem = ""
         self._skipped_in_a_row = 0
-        self._too_many_tokens: float = math.inf
+        if world.world_size > 1:
+            self.logprobs([empty_batch()])  # FSDP takes the first module that runs for its root
 
     def forward_backward(
         self, batches: Sequence[Batch], loss_fn: LossFn, *, denominator: float, with_entropy: bool = False
@@ -64,7 +67,6 @@ class Learner:
         total = sum(share for share, _ in shares)
         scale = 1.0 / total if total else 0.0
         before = self.flat.grad.clone() if self._has_gradient else None
-        random_state = torch.get_rng_state()
 
         def one_pass(batch: Batch) -> dict[str, Tensor]:
             return self._one_pass(batch, loss_fn, scale=scale, with_entropy=with_entropy)
@@ -73,13 +75,12 @@ class Learner:
             self.flat.zero_grad()
             if before is not None:
                 self.flat.grad.copy_(before)
-            torch.set_rng_state(random_state)
 
         self.policy.train()
-        sums = self._over(batches, one_pass, start_again=start_again)
+        sums = self._passes.run(batches, one_pass, start_again=start_again)
         for _ in range(max(passes for _, passes in shares) - len(batches)):
-            logprobs_N, _ = self.policy(_on(empty_batch(), self.policy.device))
-            (logprobs_N * 0.0).sum().backward()
+            logprobs_N, _ = self.policy(empty_batch())  # takes part in the others' collectives
+            torch.autograd.backward((logprobs_N * 0.0).sum())
         self._has_gradient = True
         return self._metrics(sums, scale=scale)
 
@@ -111,17 +112,28 @@ class Learner:
 
     def logprobs(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-probabilities of each batch's predictions, without gradient and dropout."""
-        passes = max(self.world.gather_json(len(batches)))
+        most = max(self.world.gather_json(len(batches)))
         self.policy.eval()
         with torch.no_grad():
-            scored = [torch.cat(self._over([batch], self._score, start_again=_nothing)) for batch in batches]
-            for _ in range(passes - len(batches)):
-                self._score(_on(empty_batch(), self.policy.device))
+            scored = [torch.cat(self._passes.run([batch], self._score)) for batch in batches]
+            for _ in range(most - len(batches)):
+                self._score(empty_batch())
         return scored
 
     def without_adapter(self) -> Scorer:
-        """The model as it was before its adapter: a LoRA run's reference, at no memory."""
+        """The model a LoRA run started from, at no memory: its adapter off, or as it was loaded."""
         return Scorer(self)
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Meanwhile the whole policy is on every rank, which may sample different numbers of tokens."""
+        return fsdp.unsharded(self.policy)
+
+    def full_tensors(self) -> dict[str, Tensor] | None:
+        """Whole trainable parameters for saving, on rank 0; None where the policy's own are whole. All ranks call it."""
+        if not self.flat.is_sharded:
+            return None
+        named = fsdp.full_tensors(self.policy)
+        return {name: tensor.cpu() for name, tensor in named if self.world.is_main}
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on besides random generators: live tensors and JSON values of this rank."""
@@ -167,6 +179,7 @@ class Learner:
         self, batch: Batch, loss_fn: LossFn, *, scale: float, with_entropy: bool
     ) -> dict[str, Tensor]:
         """Add the gradient of one forward pass; return its sums, not yet divided."""
+        batch = _on(batch, self.policy.device)
         factor = scale * (self.loss_scale.value if self.loss_scale else 1.0)
         is_linear = getattr(loss_fn, "is_linear", False)
         coefficients_N = _coefficients(batch, loss_fn, factor=factor) if is_linear else None
@@ -178,14 +191,14 @@ class Learner:
             batch.weights_N,
             **batch.streams,
         )
-        (loss * factor).backward()
+        torch.autograd.backward(loss * factor)
         sums = {"loss": loss.detach(), **metrics}
         if entropy_N is not None:
             sums["entropy"] = (entropy_N.detach() * batch.weights_N).sum()
         return sums
 
     def _score(self, batch: Batch) -> Tensor:
-        logprobs_N, _ = self.policy(batch)
+        logprobs_N: Tensor = self.policy(batch)[0]
         return logprobs_N
 
     def _metrics(self, sums: list[dict[str, Tensor]], *, scale: float) -> dict[str, float]:
@@ -243,83 +256,16 @@ class Learner:
         if self.loss_scale:
             self.loss_scale.went_well()
 
-    def _over(
-        self, batches: Sequence[Batch], one: Callable[[Batch], T], *, start_again: Callable[[], None]
-    ) -> list[T]:
-        """one(batch) for every batch. Out of memory: cut that batch in halves, undo everything, and start again."""
-        todo = [part for batch in batches for part in self._parts_that_fit(batch)]
-        done: list[T] = []
-        while len(done) < len(todo):
-            batch = todo[len(done)]
-            try:
-                done.append(one(_on(batch, self.policy.device)))
-                continue
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._refuse_if_hopeless(batch, error)
-            # Here, and not in the handler: the error's traceback holds the tensors of the failed pass.
-            gc.collect()
-            if self.policy.device.type != "cpu":
-                torch.accelerator.empty_cache()
-            if math.isinf(self._too_many_tokens):
-                log.warning(
-                    "out of memory at %d rows (%d tokens) in one forward pass; such passes are halved from now "
-                    "on, which changes no result but costs time: lower the rows per forward pass to avoid it",
-                    len(batch.rows), batch.packing.num_tokens,
-                )  # fmt: skip
-            self._too_many_tokens = batch.packing.num_tokens
-            todo[len(done) : len(done) + 1] = split_batch(batch)
-            done = []
-            start_again()
-        return done
-
-    def _parts_that_fit(self, batch: Batch) -> list[Batch]:
-        if batch.packing.num_tokens < self._too_many_tokens or len(batch.rows) < 2:
-            return [batch]
-        return [part for half in split_batch(batch) for part in self._parts_that_fit(half)]
-
-    def _refuse_if_hopeless(self, batch: Batch, error: BaseException) -> None:
-        size = f"{len(batch.rows)} rows of {batch.packing.num_real_tokens} tokens together"
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        if self.world.world_size > 1:
-            raise PlanError(
-                f"rank {self.world.rank} ran out of memory in a forward pass of {size} ({reason}). With several "
-                "ranks a pass cannot be cut while the others wait; lower the rows per forward pass "
-                "(train.per_device_train_batch_size, rollout.rows_per_forward)"
-            ) from error
-        if len(batch.rows) < 2:
-            held = sum(p.numel() * p.element_size() for p in self.policy.parameters())
-            held += sum(4 * slot.master.numel() for slot in self.flat.slots)
-            raise PlanError(
-                f"a single row of {batch.packing.num_real_tokens} tokens does not fit into memory ({reason}); "
-                f"weights and gradients alone take {held / 2**30:.2f} GiB. Lower data.max_length (or "
-                "rollout.max_new_tokens), set model.gradient_checkpointing = true, or train a LoRA (lora.rank)"
-            ) from error
-
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores batches with a learner's model while its adapter is off."""
+    """Scores batches with the model its learner started from."""
 
     learner: Learner
 
     def logprobs(self, batches: Sequence[Batch]) -> list[Tensor]:
-        with self.learner.policy.without_adapter():
+        with self.learner.policy.reference():
             return self.learner.logprobs(batches)
-
-
-def split_batch(batch: Batch) -> list[Batch]:
-    """The same rows in two forward passes; predictions keep their order."""
-    half = -(-len(batch.rows) // 2)
-    shares = any(segment.prefix_length for segment in batch.packing.segments)
-    return collate(batch.rows, rows_per_forward=half, share_prompts=shares, temperature=batch.temperature)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or in the CPU's allocators."""
-    told = ("DefaultCPUAllocator", "std::bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
 
 
 def _coefficients(batch: Batch, loss_fn: LossFn, *, factor: float) -> Tensor:
@@ -332,12 +278,10 @@ def _coefficients(batch: Batch, loss_fn: LossFn, *, factor: float) -> Tensor:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    if device.type == "cpu":
-        return batch
-    tensors = {f.name: v.to(device) for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
-    return replace(batch, **tensors, streams={k: v.to(device) for k, v in batch.streams.items()})
-
-
-def _nothing() -> None:
-    pass
+    """The batch with what a loss reads on the device; the policy moves the rest itself."""
+    return replace(
+        batch,
+        weights_N=batch.weights_N.to(device),
+        row_N=batch.row_N.to(device),
+        streams={name: stream.to(device) for name, stream in batch.streams.items()},
+    )

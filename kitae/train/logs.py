@@ -11,6 +11,8 @@ from rich.console import Console
 from kitae.train.files import disk_errors
 from kitae.train.progress import ConsoleHandler
 
+FILE_ONLY = {"is_file_only": True}
+"""As a log call's `extra`: for train.log, not for the terminal (progress lines, tracebacks)."""
 SECRET = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|(?<=Bearer )[\w.~+/=-]{8,}|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -22,7 +24,7 @@ class Clean(logging.Formatter):
         text = SECRET.sub("***", super().format(record))
         return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = record.message.replace("\n", "\\n")
         return super().formatMessage(record)
 
@@ -44,6 +46,7 @@ class RunLog:
         if not self._logger.handlers:  # nobody prints kitae's lines yet
             terminal = ConsoleHandler(console)
             terminal.setFormatter(Clean("%(message)s"))
+            terminal.addFilter(lambda record: not getattr(record, "is_file_only", False))
             self._handlers.append(terminal)
         for handler in self._handlers:
             self._logger.addHandler(handler)

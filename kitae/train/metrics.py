@@ -8,6 +8,7 @@ step: lines after it are cut off, and TensorBoard is told to forget its points.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -17,7 +18,6 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from kitae.config import LogSettings
@@ -110,17 +110,17 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._new_event = Event
+        self._new_event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
+        record_writer = importlib.import_module("tensorboard.summary.writer.record_writer").RecordWriter
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            numbers = [int(m[1]) for m in (re.search(r"tfevents\.(\d+)\.", p.name) for p in folder.iterdir()) if m]
+            numbers = [
+                int(m[1]) for m in (re.search(r"tfevents\.(\d+)\.", p.name) for p in folder.iterdir()) if m
+            ]
             number = max([int(time.time()), *(n + 1 for n in numbers)])
             self._path = folder / f"events.out.tfevents.{number:010d}.{socket.gethostname()}.{os.getpid()}"
             self._file = self._path.open("xb")
-        self._records = RecordWriter(self._file)
+        self._records = record_writer(self._file)
         self._write(self._new_event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -154,7 +154,7 @@ class WandbWriter:
     def __init__(
         self, folder: Path, *, settings: LogSettings, name: str, run_id: str, config: dict[str, Any]
     ) -> None:
-        wandb: Any = _import_wandb()  # Any: an optional package without types here
+        wandb = importlib.import_module("wandb")
         is_offline = "WANDB_MODE" not in os.environ and not wandb.api.api_key
         if is_offline:
             logger.warning("no Weights & Biases login found: writing offline, upload later with `wandb sync`")
@@ -200,10 +200,3 @@ def open_metrics(
     if "wandb" in settings.report_to:
         writers.append(WandbWriter(folder, settings=settings, name=name, run_id=run_id, config=config))
     return Metrics(folder, writers)
-
-
-def _import_wandb() -> ModuleType:
-    import wandb
-
-    module: ModuleType = wandb
-    return module

@@ -44,9 +44,10 @@ def make_optimizer(settings: OptimSettings, parameters: Sequence[nn.Parameter]) 
             groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon, fused=True
         )
     if settings.name == "adamw_8bit":
-        return _bitsandbytes().optim.AdamW8bit(
+        made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
             groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon
         )
+        return made
     from transformers.optimization import Adafactor
 
     # Absolute steps of the settings' own learning rate, as the transformers Trainer uses it.

@@ -51,7 +51,9 @@ class ProgressView:
         is_news = step == self._total or any(name.startswith("eval/") for name in metrics)
         if is_news or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            line = "  ".join(part for part in (f"{self._title} step {step}/{self._total}", text, left) if part)
+            line = "  ".join(
+                part for part in (f"{self._title} step {step}/{self._total}", text, left) if part
+            )
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -68,7 +70,9 @@ class _TimeLeft(ProgressColumn):
 
 def summary(metrics: Mapping[str, float]) -> str:
     """The few metrics worth a glance: "loss 0.6931  tok/s 12,300"."""
-    return "  ".join(f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics)
+    return "  ".join(
+        f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics
+    )
 
 
 def duration(seconds: float) -> str:

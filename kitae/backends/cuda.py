@@ -1,0 +1,47 @@
+"""NVIDIA GPUs, and AMD's through ROCm, which torch calls cuda too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kitae.backends import Feature
+
+
+class CudaBackend:
+    name = "cuda"
+    process_group = "nccl"
+    preference = 10
+
+    def is_available(self) -> bool:
+        return torch.cuda.is_available()
+
+    def supports(self, feature: Feature) -> tuple[bool, str]:
+        if feature == "bfloat16":
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            return is_fast, f"{torch.cuda.get_device_name()} {'has' if is_fast else 'has no'} bfloat16 units"
+        return True, "every such GPU does"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cuda", local_rank)
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(device)
+
+    def peak_memory(self, device: torch.device) -> int:
+        return torch.cuda.max_memory_allocated(device)
+
+    def synchronize(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def rng_state(self, device: torch.device) -> Tensor:
+        return torch.cuda.get_rng_state(device)
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        torch.cuda.set_rng_state(state, device)
+
+
+BACKEND = CudaBackend()

@@ -1,0 +1,58 @@
+"""The questions of a data set, rendered for sampling."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from kitae.data.chat import Template
+from kitae.data.formats import Example
+from kitae.data.sources import OnProgress
+from kitae.errors import DataError
+from kitae.types import Problem
+
+log = logging.getLogger(__name__)
+
+
+class RenderedProblems(Sequence[Problem]):
+    """Item i is the i-th example whose prompt fits; longer ones are dropped and counted in num_dropped.
+
+    Only numbers are kept in memory: an example is rendered again each time it is taken.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[Example],
+        *,
+        template: Template,
+        max_prompt_length: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._dataset, self._template = dataset, template
+        self._fitting = array("Q")
+        for i in range(len(dataset)):
+            if on_progress is not None and i % 100 == 0:
+                on_progress(i)
+            if template.problem(dataset[i], index=i, max_length=max_prompt_length) is not None:
+                self._fitting.append(i)
+        self.num_dropped = len(dataset) - len(self._fitting)
+        if not self._fitting:
+            raise DataError(
+                f"all {len(dataset)} prompts are longer than rollout.max_prompt_length = {max_prompt_length} tokens"
+            )
+        if self.num_dropped:
+            log.warning(
+                "%d of %d prompts are longer than rollout.max_prompt_length = %d tokens and were dropped",
+                self.num_dropped, len(dataset), max_prompt_length,
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._fitting)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = self._fitting[index]
+        return self._template.problem(self._dataset[number], index=number, max_length=None)

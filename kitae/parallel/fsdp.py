@@ -1,0 +1,86 @@
+"""Spread one policy over the ranks of a world with torch's own FSDP2.
+
+Full fine-tuning: every parameter becomes a float32 shard per rank; a layer is gathered in the compute dtype when it
+runs, and gradients are reduce-scattered as float32 SUMS. LoRA: the frozen weights are sharded in the dtype they
+have; adapters (and 4-bit weights, which cannot be cut) stay whole on every rank, and the Learner sums the adapters'
+gradients once per step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from kitae.parallel.world import World
+
+if TYPE_CHECKING:
+    from kitae.models.policy import Policy
+
+log = logging.getLogger(__name__)
+
+
+def shard(policy: Policy, world: World) -> None:
+    """Keep 1 / world_size of the policy on each rank, in place; a World of one is left as it is.
+
+    So is a model that runs row by row (attention seam off): ranks with different rows would gather its layers
+    different numbers of times.
+    """
+    if world.world_size == 1:
+        return
+    if not policy.seams.attention:
+        log.warning("every rank holds the whole model: it runs row by row, because its attention seam is off")
+        return
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    if policy.peft is None:
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.float()
+        whole: set[nn.Parameter] = set()
+        # Inputs are not cast: the policy's own float32 numbers (loss coefficients) must arrive as they are.
+        precision = MixedPrecisionPolicy(
+            param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    else:
+        whole = {p for p in policy.parameters() if p.requires_grad or not p.is_floating_point()}
+        precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    layers: nn.ModuleList = policy.causal_lm.get_decoder().layers
+    for module in [*layers, policy]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
+    for module in _sharded_modules(policy):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+@contextmanager
+def unsharded(policy: Policy) -> Iterator[None]:
+    """All parameters gathered meanwhile, so that ranks can run different numbers of forward passes (rollouts)."""
+    modules = _sharded_modules(policy)
+    for module in modules:
+        module.unshard()
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(
+                module is not modules[0], recurse=False
+            )  # the root's is off by default
+            module.reshard()
+
+
+def full_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Each trainable parameter whole, one at a time; every rank must go through them. Shards come in compute dtype."""
+    for name, parameter in policy.named_trainable():
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor().to(policy.dtype) if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_modules(policy: Policy) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,189 @@
+"""RewardPool: completions are judged in worker processes that can be killed, so no answer can hang or crash a run.
+
+    (completion, Problem) --JSON line--> worker (forked by kitae/rewards/worker.py) --> Score
+
+Three outcomes: scored; wrong, because judging exhausted its own time or memory; could not be scored (value None),
+which is no 0: the recipe takes such a completion out of the loss and counts it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kitae.config import RewardSettings
+from kitae.errors import ConfigError, RewardError
+from kitae.types import Problem, Score
+
+TIMEOUT = "timeout"
+START_NURSERY = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[3]); "
+    "from kitae.rewards.worker import main; main(int(sys.argv[1]), sys.argv[2])"
+)
+
+
+class RewardPool:
+    """Judges completions with one reward function in `num_workers` processes.
+
+    The same completion has the same score alone, in a batch, after a hostile neighbour and after a restart, and
+    the result's order is the input's. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, settings: RewardSettings) -> None:
+        """Start the processes. A function that is missing or has the wrong signature is a ConfigError here."""
+        self.settings = settings
+        self._nursery = _Nursery(settings)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = [_Worker(self._nursery, slot) for slot in range(settings.num_workers)]
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="kitae-reward")
+
+    def score(self, items: Sequence[tuple[str, Problem]]) -> list[Score]:
+        """The scores of `items`, each a completion (with its prefill) and the problem it answers."""
+        return list(self.score_iter(items))
+
+    def score_iter(self, items: Sequence[tuple[str, Problem]]) -> Iterator[Score]:
+        """The same one by one, in order, as they become known."""
+        return self._threads.map(self._judge, items)
+
+    def close(self) -> None:
+        """End all processes; what is being judged ends within its time limit."""
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        self._nursery.close()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _judge(self, item: tuple[str, Problem]) -> Score:
+        text, problem = item
+        worker = self._idle.get()
+        try:
+            reply = worker.ask(_request(text, problem), timeout_s=self.settings.timeout_s)
+        finally:
+            self._idle.put(worker)
+        if "value" in reply:
+            return Score(reply["value"], reply["reason"])
+        if "exhausted" in reply and self._nursery.out_of_budget is not None:
+            return Score(self._nursery.out_of_budget, reply["exhausted"])
+        return self._unscored(reply.get("error") or f"ran into its limit: {reply['exhausted']}", text, problem)
+
+    def _unscored(self, what: str, text: str, problem: Problem) -> Score:
+        name = self.settings.function
+        if self.settings.on_error == "mask" or self._nursery.is_builtin:
+            return Score(None, f"{name} {what}")
+        raise RewardError(
+            f"the reward function {name} {what}, for row {problem.index} (prompt {_excerpt(problem.prompt)}, "
+            f"answer {_excerpt(problem.answer)}) and completion {_excerpt(text)}; mend the function, or set "
+            f"reward.on_error = mask to leave such completions out and count them"
+        )
+
+
+class _Nursery:
+    """The process that forks workers, and our end of its control socket."""
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self._lock = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            arguments = [str(theirs.fileno()), settings.model_dump_json(), json.dumps(sys.path)]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", START_NURSERY, *arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for the trainer, which saves first
+            )
+        ready = json.loads(_read_line(self._control) or "{}")
+        if "error" in ready:
+            self.close()
+            raise ConfigError(ready["error"])
+        if not ready:
+            self.close()
+            raise RewardError(
+                f"the process for reward.function {settings.function} ended with code {self._process.returncode} "
+                f"while it loaded the function; its error is above"
+            )
+        self.is_builtin: bool = ready["is_builtin"]
+        self.out_of_budget: float | None = ready["out_of_budget"]
+
+    def fork(self, slot: int) -> socket.socket:
+        """A fresh worker's connection; what sat in the slot before is killed and reaped first."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            socket.send_fds(self._control, [bytes([slot])], [theirs.fileno()])
+            _read_line(self._control)
+        return ours
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait()
+
+
+class _Worker:
+    """One slot of the pool: a process that judges one completion at a time and is replaced when it fails to."""
+
+    def __init__(self, nursery: _Nursery, slot: int) -> None:
+        self._nursery = nursery
+        self._slot = slot
+        self._connection = nursery.fork(slot)
+
+    def ask(self, request: bytes, *, timeout_s: float) -> dict[str, Any]:
+        """The worker's reply, or what became of the worker."""
+        self._connection.settimeout(timeout_s)
+        try:
+            self._connection.sendall(request)
+            line = _read_line(self._connection)
+        except TimeoutError:
+            self._replace()
+            return {"exhausted": TIMEOUT}
+        except ConnectionError:
+            line = b""
+        if not line:
+            self._replace()
+            return {"error": "ended its worker process"}
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _replace(self) -> None:
+        self.close()
+        self._connection = self._nursery.fork(self._slot)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _request(text: str, problem: Problem) -> bytes:
+    fields = {
+        "completion": text,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "columns": problem.columns,
+    }
+    return json.dumps(fields, default=str).encode() + b"\n"
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    """One line of at most a few KB, or b"" at the end of the stream."""
+    received = b""
+    while not received.endswith(b"\n"):
+        part = connection.recv(65536)
+        if not part:
+            return b""
+        received += part
+    return received
+
+
+def _excerpt(text: str | None, *, length: int = 200) -> str:
+    return repr(text) if text is None or len(text) <= length else f"{text[:length]!r}..."

@@ -1,0 +1,133 @@
+"""The processes behind RewardPool: a nursery that has everything imported, and the workers it forks.
+
+    pool --slot number and a socket--> nursery --fork--> worker <--one JSON line each way--> pool
+
+Forking from a warm process makes a killed worker's successor ready in milliseconds. The nursery leaves when its
+pool's end of the control socket closes, and workers are killed with the nursery, so nothing outlives the trainer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any
+
+from kitae.config import RewardSettings
+from kitae.errors import KitaeError
+from kitae.rewards.loading import Reward, load_reward
+from kitae.types import Score
+
+MEMORY_BYTES = 2 << 30
+"""Address space a worker may take on top of what it was forked with."""
+
+REASON_LENGTH = 500
+OUT_OF_MEMORY, OUT_OF_DEPTH = "out of memory", "nested too deep"
+
+
+def main(control_fd: int, settings_json: str) -> None:
+    """Run the nursery: load and warm up the reward, report, then fork a worker for every slot asked for."""
+    _print_to_stderr()
+    control = socket.socket(fileno=control_fd)
+    try:
+        reward = load_reward(RewardSettings.model_validate_json(settings_json))
+    except KitaeError as error:
+        control.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+        return
+    _warm_up()
+    ready = {"is_builtin": reward.is_builtin, "out_of_budget": reward.out_of_budget}
+    control.sendall(json.dumps(ready).encode() + b"\n")
+    _fork_on_request(control, reward)
+
+
+def _fork_on_request(control: socket.socket, reward: Reward) -> None:
+    workers: dict[int, int] = {}
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 1, 1)
+        if not message:
+            return
+        slot = message[0]
+        if slot in workers:
+            os.kill(workers[slot], signal.SIGKILL)
+            os.waitpid(workers[slot], 0)
+        nursery = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _work(socket.socket(fileno=fds[0]), reward, parent=nursery)
+            os._exit(0)
+        workers[slot] = pid
+        os.close(fds[0])
+        control.sendall(b"\n")
+
+
+def _work(connection: socket.socket, reward: Reward, *, parent: int) -> None:
+    """Judge one request after another until the pool hangs up."""
+    _die_with(parent)
+    _limit_memory()
+    with connection, connection.makefile("rb") as requests:
+        for line in requests:
+            connection.sendall(json.dumps(_judge(reward, json.loads(line))).encode() + b"\n")
+
+
+def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
+    """One request to one reply: a value and a reason, or the error the pool has to decide about."""
+    try:
+        result = reward(
+            request["completion"],
+            prompt=request["prompt"],
+            answer=request["answer"],
+            columns=request["columns"],
+        )
+    except MemoryError:
+        return {"exhausted": OUT_OF_MEMORY}
+    except RecursionError:
+        return {"exhausted": OUT_OF_DEPTH}
+    except Exception as error:  # a user's function may raise anything; the pool stops the run or counts it
+        return {"error": f"raised {type(error).__name__}: {error}"[:REASON_LENGTH]}
+    value, reason = result if isinstance(result, Score) else (result, "")
+    if value is None:
+        return {"value": None, "reason": str(reason or "could not be scored")[:REASON_LENGTH]}
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return {"error": f"returned {type(value).__name__} {value!r}; it must be a number, a Score or None"[:REASON_LENGTH]}
+    if not math.isfinite(number):
+        return {"error": f"returned {number}; it must be finite, or None for what could not be scored"}
+    return {"value": number, "reason": str(reason)[:REASON_LENGTH]}
+
+
+def _warm_up() -> None:
+    """Pay for math-verify's imports and parser tables once, before any worker is forked."""
+    if "kitae.rewards.math" in sys.modules:
+        from kitae.rewards.math import equivalent
+
+        equivalent(r"\sqrt{2}x + 1", r"1 + x\sqrt{2}")
+
+
+def _print_to_stderr() -> None:
+    """What a user's function prints belongs in the log, and standard output to the trainer."""
+    os.dup2(2, 1)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    """Allow MEMORY_BYTES beyond what is mapped now, and no core files."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY_BYTES, mapped + MEMORY_BYTES))

@@ -1,0 +1,104 @@
+"""Keys and values of the rows in flight, and one-token attention over them.
+
+Per layer one tensor [slots, K, capacity, D] each: a decode step reads the first slots as they lie, without
+gathering. Memory grows with the longest row in flight. Dimension key besides types.py's: Q query heads,
+K key-value heads, D head size, U tokens in use (the longest row's length).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kitae.models import attention
+from kitae.types import Packing
+
+GROWTH = 64
+"""Capacity in tokens is a multiple of this."""
+
+
+class Prompt(NamedTuple):
+    """Where a packed prompt lies in a prefill, and the slots that get its keys and values."""
+
+    start: int
+    length: int
+    slots: list[int]
+
+
+class SlotCache:
+    """The attention cache of GenericEngine; tell it what comes next with begin_prefill or begin_step."""
+
+    def __init__(self, *, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._num_slots = num_slots
+        self._device = device
+        self._dtype = dtype
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prompts: list[Prompt] | None = None
+        self._capacity = 0
+
+    def begin_prefill(self, prompts: list[Prompt]) -> None:
+        """The next forward computes these packed prompts."""
+        self._prompts = prompts
+        self._require(max(p.length for p in prompts))
+
+    def begin_step(self, positions: Sequence[int]) -> None:
+        """The next forward computes one token per slot 0, 1, ..., at these positions."""
+        self._prompts = None
+        used = max(positions) + 1
+        self._require(used)
+        self._positions_B = torch.tensor(positions, device=self._device)
+        self._slots_B = torch.arange(len(positions), device=self._device)
+        is_unseen = torch.arange(used, device=self._device) > self._positions_B[:, None]
+        self._bias_B1U = torch.zeros(is_unseen.shape, device=self._device).masked_fill_(is_unseen, -torch.inf)[:, None]
+
+    def attend(
+        self, layer_idx: int, q_TQD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing, scaling: float
+    ) -> Tensor:
+        """What the attention seam calls in every layer: store keys and values, return the attention [T, Q, D]."""
+        keys, values = self._layer(layer_idx, k_TKD, v_TKD)
+        if self._prompts is None:
+            keys[self._slots_B, :, self._positions_B] = k_TKD.to(self._dtype)
+            values[self._slots_B, :, self._positions_B] = v_TKD.to(self._dtype)
+            return self._attend_step(q_TQD, keys, values, scaling)
+        for start, length, slots in self._prompts:
+            keys[slots, :, :length] = k_TKD[start : start + length].transpose(0, 1).to(self._dtype)
+            values[slots, :, :length] = v_TKD[start : start + length].transpose(0, 1).to(self._dtype)
+        return attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling)
+
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy rows from slot to slot; no slot is both left and entered."""
+        if moves:
+            source, target = (torch.tensor(x, device=self._device) for x in zip(*moves, strict=True))
+            for pair in self._layers.values():
+                for tensor in pair:
+                    tensor[target] = tensor[source]
+
+    def _attend_step(self, q_BQD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        num_rows, query_heads, _ = q_BQD.shape
+        heads, used = keys.shape[1], self._bias_B1U.shape[-1]
+        k, v = (x[:num_rows, :, :used].flatten(0, 1) for x in (keys, values))  # views
+        # Query heads that share a key-value head are the rows of one small matrix product.
+        q = (q_BQD * scaling).to(self._dtype).reshape(num_rows * heads, query_heads // heads, -1)
+        scores = torch.bmm(q, k.transpose(1, 2)).float().view(num_rows, query_heads, used)
+        weights = scores.add_(self._bias_B1U).softmax(-1).to(self._dtype)
+        out = torch.bmm(weights.view(num_rows * heads, query_heads // heads, used), v)
+        return out.view(num_rows, query_heads, -1).to(q_BQD.dtype)
+
+    def _layer(self, index: int, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values with room for `_capacity` tokens per slot."""
+        old = self._layers.get(index)
+        if old is None or old[0].shape[2] < self._capacity:
+            shapes = [(self._num_slots, x.shape[1], self._capacity, x.shape[2]) for x in (k_TKD, v_TKD)]
+            # Zeros, since whatever lay there could be NaN, and 0 * NaN is NaN.
+            new = [torch.zeros(s, device=self._device, dtype=self._dtype) for s in shapes]
+            for i, tensor in enumerate(old or ()):
+                new[i][:, :, : tensor.shape[2]] = tensor
+            self._layers[index] = (new[0], new[1])
+        return self._layers[index]
+
+    def _require(self, tokens: int) -> None:
+        if tokens > self._capacity:
+            self._capacity = -(-max(tokens, self._capacity * 5 // 4) // GROWTH) * GROWTH

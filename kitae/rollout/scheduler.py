@@ -1,0 +1,90 @@
+"""Continuous batching in plain Python: who runs, in which slot, and who enters next. It knows no tensors.
+
+    waiting groups --admit--> running rows --retire--> free slots --compact--> rows in the lowest slots
+
+A group enters whole, so that its prompt is computed once; one too large for that enters in parts. The cost of a
+step depends on the rows in flight, never on how many wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from kitae.rollout.base import Request
+
+PARTS = 4
+"""A group larger than all slots is cut so that about this many parts run at a time: one ends, the next enters."""
+
+
+class Scheduler:
+    """Rows in flight and groups that wait, first come, first served."""
+
+    def __init__(
+        self, groups: Iterable[Sequence[Request]], *, max_rows: int, max_prefill_tokens: int = 4096
+    ) -> None:
+        """At most `max_rows` rows run at a time; prompts admitted together have at most `max_prefill_tokens`."""
+        assert max_rows >= 1, max_rows
+        self.running: list[Request] = []
+        """Rows of one group are neighbours, groups in the order they entered."""
+        self._waiting = deque(part for group in groups for part in _parts(group, max_rows=max_rows))
+        self.num_slots = round_up_rows(max_rows)
+        self._free = list(range(self.num_slots))  # a heap: the lowest slot is taken first
+        self._max_rows = max_rows
+        self._max_prefill_tokens = max_prefill_tokens
+
+    @property
+    def is_done(self) -> bool:
+        return not self.running and not self._waiting
+
+    def admit(self) -> list[list[Request]]:
+        """Groups that enter now, slots given; empty when none fits. Call again: prefill has its own limit."""
+        entering: list[list[Request]] = []
+        tokens = 0
+        while self._waiting and len(self.running) + len(self._waiting[0]) <= self._max_rows:
+            tokens += self._waiting[0][0].prompt_length
+            if entering and tokens > self._max_prefill_tokens:
+                break
+            group = self._waiting.popleft()
+            for request in group:
+                request.slot = heapq.heappop(self._free)
+            entering.append(group)
+            self.running += group
+        return entering
+
+    def retire(self) -> list[Request]:
+        """Take finished rows out; their slots are free."""
+        gone = [r for r in self.running if r.finish_reason is not None]
+        if gone:
+            self.running = [r for r in self.running if r.finish_reason is None]
+            for request in gone:
+                heapq.heappush(self._free, request.slot)
+        return gone
+
+    def compact(self) -> list[tuple[int, int]]:
+        """Move rows down until all slots in use are below width(); returns (from, to) pairs."""
+        moves = []
+        for request in self.running:
+            if request.slot >= self.width:
+                target = heapq.heappop(self._free)
+                heapq.heappush(self._free, request.slot)
+                moves.append((request.slot, target))
+                request.slot = target
+        return moves
+
+    @property
+    def width(self) -> int:
+        """How many slots a decode step covers: the running rows, rounded up so that few shapes occur."""
+        return round_up_rows(len(self.running))
+
+
+def round_up_rows(count: int) -> int:
+    """1, 2, 4, 8, 16, then multiples of 16: libraries prepare every matrix shape anew."""
+    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+
+
+def _parts(group: Sequence[Request], *, max_rows: int) -> Iterator[list[Request]]:
+    size = max_rows if len(group) <= max_rows else max(1, max_rows // PARTS)
+    for start in range(0, len(group), size):
+        yield list(group[start : start + size])

@@ -1,0 +1,127 @@
+"""Forward passes that do not fit into memory are cut in halves; the step's result stays the same.
+
+A batch is tried; where an allocation fails, everything done so far is undone and begun again with that batch cut in
+two. Rows that are sums over one denominator may be cut anywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kitae.data.collate import collate
+from kitae.errors import PlanError
+from kitae.parallel.world import World
+from kitae.types import Batch
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Passes:
+    """Runs forward passes, and remembers the smallest number of tokens that did not fit."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.too_many_tokens: float = math.inf
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        one: Callable[[Batch], T],
+        *,
+        start_again: Callable[[], None] | None = None,
+    ) -> list[T]:
+        """one(batch) for every batch, in order; a cut batch has a result for each part.
+
+        `start_again` undoes what calls of `one` have left behind, a failed one included; random generators are set
+        back as well.
+        """
+        random_state = _random_state(self.world.device)
+        todo = [part for batch in batches for part in self._parts_that_fit(batch)]
+        done: list[T] = []
+        while len(done) < len(todo):
+            batch = todo[len(done)]
+            try:
+                done.append(one(batch))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._refuse_if_hopeless(batch, error)
+            # Here, and not in the handler: the error's traceback holds the tensors of the failed pass.
+            _free(self.world.device)
+            if math.isinf(self.too_many_tokens):
+                log.warning(
+                    "out of memory in a forward pass of %s; passes of that size are halved from now on. The result "
+                    "is the same; lower the rows per forward pass to save the time",
+                    _size(batch),
+                )
+            self.too_many_tokens = batch.packing.num_tokens
+            todo[len(done) : len(done) + 1] = split_batch(batch)
+            done.clear()
+            _set_random_state(random_state, self.world.device)
+            if start_again is not None:
+                start_again()
+        return done
+
+    def _parts_that_fit(self, batch: Batch) -> list[Batch]:
+        if batch.packing.num_tokens < self.too_many_tokens or len(batch.rows) < 2:
+            return [batch]
+        return [part for half in split_batch(batch) for part in self._parts_that_fit(half)]
+
+    def _refuse_if_hopeless(self, batch: Batch, error: BaseException) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if self.world.world_size > 1:
+            raise PlanError(
+                f"rank {self.world.rank} ran out of memory in a forward pass of {_size(batch)} ({reason}). With several "
+                "ranks a pass cannot be cut while the others wait; lower the rows per forward pass "
+                "(train.per_device_train_batch_size, rollout.rows_per_forward)"
+            ) from error
+        if len(batch.rows) < 2:
+            raise PlanError(
+                f"out of memory in a forward pass of {_size(batch)}, which cannot be cut further ({reason}). Lower "
+                "data.max_length or rollout.max_new_tokens, set model.gradient_checkpointing = true, or train "
+                "fewer weights (lora.rank)"
+            ) from error
+
+
+def split_batch(batch: Batch) -> list[Batch]:
+    """The same rows in two forward passes; predictions keep their order."""
+    half = -(-len(batch.rows) // 2)
+    shares = any(segment.prefix_length for segment in batch.packing.segments)
+    return collate(batch.rows, rows_per_forward=half, share_prompts=shares, temperature=batch.temperature)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or in the CPU's allocators."""
+    told = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), on_device
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def _size(batch: Batch) -> str:
+    rows = len(batch.rows)
+    return f"{rows} row{'s' * (rows != 1)} and {batch.packing.num_real_tokens} tokens"
