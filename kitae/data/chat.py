@@ -54,10 +54,10 @@ class Template:
         """The end of a rendered prompt that belongs to the completion; empty for most models."""
         self._head, tail = self._around_content()
         self._end_ids = self._find_end(tail)
-        known = [i for i in source.stop_ids if 0 <= i < len(tokenizer)]
+        known = [i for i in source.stop_ids if i in self._encoder.ids]
         if len(known) < len(source.stop_ids):
             unknown = sorted(set(source.stop_ids) - set(known))
-            log.warning("%s: stop_ids %s are not in this tokenizer", source.origin, unknown)
+            log.warning("%s: stop_ids %s are no control tokens of this tokenizer; left out", source.origin, unknown)
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids = sorted({self._end_ids[-1], *eos, *known})
         """Ids that end a completion: the template's end of turn, the tokenizer's eos, and the template file's."""
@@ -76,8 +76,11 @@ class Template:
         source = find_template(tokenizer, data=data)
         prompts = (data.system_prompt, source.system_prompt, default_system_prompt)
         system_prompt = next((prompt for prompt in prompts if prompt is not None), None)
-        template = cls(tokenizer, source=source, system_prompt=system_prompt)
-        ids, _ = template.prompt([_USER])
+        try:
+            template = cls(tokenizer, source=source, system_prompt=system_prompt)
+            ids, _ = template.prompt([_USER])
+        except RowError as error:
+            raise ModelError(str(error)) from error
         if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
             raise ModelError(f"{source.origin} starts with two begin-of-sequence tokens")
         return template
@@ -291,9 +294,8 @@ class Template:
     def _find_end(self, tail: str) -> list[int]:
         """Ids that close a turn: what the template writes after it up to its first control token, else eos."""
         ids = Marks(self._encoder).encode(tail, is_start=False)
-        control = set(self._encoder.control_ids.values())
         for i, token in enumerate(ids):
-            if token in control:
+            if token in self._encoder.ids:
                 return ids[: i + 1]
         if self.tokenizer.eos_token_id is None:
             raise ModelError(

@@ -74,13 +74,17 @@ def collate(
     ]
 
 
-def with_stream(rows: Sequence[Row], name: str, batches: Sequence[Batch], values: Sequence[Tensor]) -> list[Row]:
+def with_stream(
+    rows: Sequence[Row], name: str, batches: Sequence[Batch], values: Sequence[Tensor]
+) -> list[Row]:
     """The rows with one more stream: values[b] holds a number per prediction of batches[b] of these same rows."""
     numbers = [number for tensor in values for number in tensor.tolist()]
     assert len(numbers) == sum(len(batch.source_N) for batch in batches) == sum(r.num_taught for r in rows)
     given = iter(numbers)
     return [
-        replace(row, streams={**row.streams, name: [next(given) if taught else 0.0 for taught in row.loss_mask]})
+        replace(
+            row, streams={**row.streams, name: [next(given) if taught else 0.0 for taught in row.loss_mask]}
+        )
         for row in rows
     ]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kitae.config import DataSettings
+from kitae.errors import DataError
 
 Message = dict[str, Any]
 """One turn: role and content; "taught": False on an assistant turn that is context only."""
@@ -32,7 +33,7 @@ RESERVED = {"prompt", "completion", "answer"}
 """Names that a reward function's own arguments have."""
 
 
-class RowError(ValueError):
+class RowError(DataError):
     """Why one row cannot be used; `field` is where in the row."""
 
     def __init__(self, reason: str, *, field: str = "") -> None:
@@ -166,15 +167,12 @@ def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bo
                 return turns + _turns(text, column), answer, False
             turns.append({"role": "assistant", "content": text, "field": column})
             return turns, answer, column == "solution"
-    if answer is None:
-        return turns, None, False
     text = _answer_text(answer)
-    worked, mark, final = (text or "").rpartition("####")
-    if mark and worked.strip():
-        turns.append({"role": "assistant", "content": text, "field": "answer"})
-        return turns, final, True
-    turns.append({"role": "assistant", "content": text or "", "field": "answer"})
-    return turns, final if mark else answer, False
+    if text is None:
+        return turns, None, False
+    worked, mark, final = text.rpartition("####")
+    turns.append({"role": "assistant", "content": text, "field": "answer"})
+    return turns, final if mark else text, bool(worked.strip())
 
 
 def _optional(record: dict[str, Any], name: str) -> list[Message]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kitae.data.chat import Template
 from kitae.data.formats import Example
-from kitae.data.sources import OnProgress
+from kitae.data.sources import OnProgress, Problems
 from kitae.errors import DataError
 from kitae.types import Problem
 
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 class RenderedProblems(Sequence[Problem]):
     """Item i is the i-th example whose prompt fits; longer ones are dropped and counted in num_dropped.
 
-    Only numbers are kept in memory: an example is rendered again each time it is taken.
+    Only numbers are kept in memory: an example is rendered again each time it is taken. Examples that the template
+    refuses are listed together in a DataError, or left out too with skip_bad.
     """
 
     def __init__(
@@ -28,16 +29,24 @@ class RenderedProblems(Sequence[Problem]):
         *,
         template: Template,
         max_prompt_length: int,
+        skip_bad: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         self._dataset, self._template = dataset, template
         self._fitting = array("Q")
+        refused = Problems()
         for i in range(len(dataset)):
             if on_progress is not None and i % 100 == 0:
                 on_progress(i)
-            if template.problem(dataset[i], index=i, max_length=max_prompt_length) is not None:
-                self._fitting.append(i)
-        self.num_dropped = len(dataset) - len(self._fitting)
+            try:
+                if template.problem(dataset[i], index=i, max_length=max_prompt_length) is not None:
+                    self._fitting.append(i)
+            except DataError as error:
+                refused.add(error)
+        if on_progress is not None:
+            on_progress(len(dataset))
+        refused.settle(skip=skip_bad, num_rows=len(dataset))
+        self.num_dropped = len(dataset) - len(self._fitting) - refused.total
         if not self._fitting:
             raise DataError(
                 f"all {len(dataset)} prompts are longer than rollout.max_prompt_length = {max_prompt_length} tokens"

@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 1024 * 1024
+FIXED_DATE = datetime(2024, 7, 26)
+"""What templates get that write today's date: a run resumed tomorrow must see the same tokens."""
 CPU_SECONDS = 2
 MEMORY_BYTES = 512 * 1024 * 1024
 TRIAL = [
@@ -47,7 +49,7 @@ def compile_template(text: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = FIXED_DATE.strftime
     return environment.from_string(text)
 
 

@@ -40,13 +40,15 @@ class TextEncoder:
         self.control_ids = {literal: i for literal, i in added.items() if not literal.isspace()}
         """Added tokens by their text. White-space ones (code models have them) are text like any other."""
         self.tag_ids = {self.control_ids[tag] for tag in TAGS if tag in self.control_ids}
-        self._ids = frozenset(self.control_ids.values())
+        self.ids = frozenset(self.control_ids.values())
+        """Ids of all control tokens."""
         self._search = re.compile(
             "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True))) or r"(?!)"
         )
         self._normalizes = core.normalizer is not None and core.normalizer.normalize_str(_PROBE) != _PROBE
-        self._heads = tuple({text[:n] for text in self.control_ids for n in range(2, len(text))})
-        self._tails = tuple({text[n:] for text in self.control_ids for n in range(1, len(text) - 1)})
+        self._heads = {text[:n] for text in self.control_ids for n in range(2, len(text))}
+        self._tails = {text[n:] for text in self.control_ids for n in range(1, len(text) - 1)}
+        self._longest = max(map(len, self.control_ids), default=0)
         self._anchor = self._prefix_anchor()
 
     def encode_template(self, text: str) -> list[int]:
@@ -61,7 +63,7 @@ class TextEncoder:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, think and answer tags included, every other control token left out."""
-        shown = [i for i in ids if i not in self._ids or i in self.tag_ids]
+        shown = [i for i in ids if i not in self.ids or i in self.tag_ids]
         anchor = self._core.encode(self._anchor, add_special_tokens=False).ids if self._anchor else []
         text = str(self._core.decode([*anchor, *shown], skip_special_tokens=False))
         return text.removeprefix(self._anchor)
@@ -79,24 +81,23 @@ class TextEncoder:
         """Where the tokenizer sees control tokens in a text."""
         if not self._normalizes and not self._search.search(text):
             return []
-        refused = self._ids.difference(self.control_ids.get(literal, -1) for literal in allowed)
+        refused = self.ids.difference(self.control_ids.get(literal, -1) for literal in allowed)
         found = self._core.encode(text, add_special_tokens=False)
         return [span for i, span in zip(found.ids, found.offsets, strict=True) if i in refused]
 
     def _edges(self, text: str) -> list[tuple[int, int]]:
         """Parts of control tokens at the ends of a text, which its neighbours could complete; also Marks' own marks."""
         spans = [m.span() for m in _MARKS.finditer(text)]
-        if text.endswith(self._heads):
-            spans.append((len(text) - max(len(h) for h in self._heads if text.endswith(h)), len(text)))
-        if text.startswith(self._tails):
-            spans.append((0, max(len(t) for t in self._tails if text.startswith(t))))
+        lengths = range(2, min(self._longest, len(text) + 1))
+        spans += [(len(text) - n, len(text)) for n in lengths if text[-n:] in self._heads]
+        spans += [(0, n) for n in lengths if text[:n] in self._tails]
         return spans
 
     def _encode_bare(self, text: str) -> list[int]:
         """Ids of a piece that the tokenizer takes for a control token, by the model without added tokens."""
         skip = len(self._bare.encode(self._anchor, add_special_tokens=False).ids) if self._anchor else 0
         ids = list(self._bare.encode(self._anchor + text, add_special_tokens=False).ids)[skip:]
-        if not self._ids.intersection(ids):
+        if not self.ids.intersection(ids):
             return ids
         # The vocabulary itself holds the control token as an ordinary word: take it apart.
         if len(text) == 1:

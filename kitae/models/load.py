@@ -1,39 +1,245 @@
-"""From a name to a Policy and its tokenizer."""
+"""From a name to a Policy and its tokenizer.
+
+    folder, hub id, run or adapter --files.py--> safe files --estimate.py--> it fits --> weights --> seams --> adapter
+
+Code that comes with a model is not run unless model.trust_remote_code says so, and pickles are never read.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kitae import backends
 from kitae.config import LoraSettings, ModelSettings
-from kitae.models import seams
+from kitae.errors import ConfigError, ModelError
+from kitae.models import estimate, files, lora as adapters, quant, seams
 from kitae.models.families import find_family
-from kitae.models.policy import Policy, has_plain_head
+from kitae.models.policy import Policy
+from kitae.plugins import did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
-    """The model's tokenizer as its tokenizer.json has it."""
+    """The tokenizer exactly as tokenizer.json has it, a transformers PreTrainedTokenizerFast.
+
+    transformers would choose a class by the model's type, which changes how some models split text.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(model.tokenizer or model.name_or_path)
+    if model.tokenizer is not None:
+        folder = files.find_folder(model.tokenizer, revision=None)
+        config = folder / "config.json"
+    else:
+        found = files.find_model(model.name_or_path, revision=model.revision)
+        has_own = found.adapter is not None and (found.adapter / "tokenizer.json").is_file()
+        folder = found.adapter if has_own and found.adapter is not None else found.folder
+        config = found.folder / "config.json"
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json; name another with model.tokenizer, or write one there with "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise ModelError(f"{folder}/tokenizer.json cannot be read: {error}") from error
+    if config.is_file():
+        size = files.read_config(config.parent).get("vocab_size")
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if isinstance(size, int) and largest >= size:
+            raise ModelError(
+                f"{folder}/tokenizer.json has token ids up to {largest:,}, but {config} has vocab_size {size:,}; "
+                "they do not belong together"
+            )
+    return tokenizer
 
 
 def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, trainable: bool = True) -> Policy:
-    """Load the model with its seams; see Policy."""
-    from transformers import AutoModelForCausalLM
+    """Load a model with its seams, and with its adapter where it has one or `lora` asks for one.
 
-    seams.register()
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        Path(model.name_or_path),
-        dtype=torch.float32,
-        attn_implementation=seams.NAME if model.seams.attention else "sdpa",
-        local_files_only=True,
+    `trainable` False freezes everything: for sampling, evaluation, or a reference.
+    """
+    rank = lora.rank if lora is not None and trainable else 0
+    found = files.find_model(model.name_or_path, revision=model.revision, with_code=model.trust_remote_code)
+    _check_adapter(found, rank=rank, trainable=trainable)
+    config = _load_config(found.folder, trust_remote_code=model.trust_remote_code)
+    stored = _stored_quantization(config)
+    if model.quantization == "nf4" and trainable and not rank:
+        raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
+    if stored == "bitsandbytes" and trainable and not rank:
+        raise ConfigError(f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16")
+    weights = files.weight_files(found.folder)
+
+    device = backends.pick_device(model.device)
+    dtype = _choose_dtype(model, device)
+    targets = lora.target_modules if lora is not None else "all-linear"
+    plan = estimate.Plan(
+        dtype=dtype,
+        lora_rank=rank,
+        target_modules=targets,
+        nf4=model.quantization == "nf4" or stored == "bitsandbytes",
+        trainable=trainable,
     )
-    if model.seams.rmsnorm:
-        seams.fuse_rmsnorms(causal_lm)
-    causal_lm.requires_grad_(trainable)
-    used = model.seams.model_copy(update={"head": model.seams.head and has_plain_head(causal_lm)})
+    meta = None
+    if not model.trust_remote_code:
+        meta = estimate.build_on_meta(config)
+        free, total = backends.of(device).memory(device)
+        need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
+        log.info("memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30)
+
+    causal_lm = _load_weights(model, found, config, weights, stored=stored, dtype=dtype, device=device, meta=meta)
     family = find_family(causal_lm.config.model_type)
-    return Policy(causal_lm, dtype=torch.float32, seams=used, family=family)
+    used = seams.install(causal_lm, model.seams, family)
+    peft: Any = None
+    reference: str | None = None
+    if found.adapter is not None:
+        peft, reference = adapters.load_adapter(causal_lm, found.adapter, trainable=trainable, dtype=dtype)
+    elif lora is not None and rank:
+        causal_lm.requires_grad_(False)
+        peft = adapters.add_adapter(causal_lm, lora, dtype=dtype)
+    else:
+        causal_lm.requires_grad_(trainable)
+    if not trainable:
+        causal_lm.requires_grad_(False)
+    if model.gradient_checkpointing:
+        _checkpoint_gradients(causal_lm)
+    if model.torch_compile:
+        for layer in causal_lm.get_decoder().layers:
+            layer.compile()
+    policy = Policy(
+        causal_lm,
+        dtype=dtype,
+        seams=used,
+        family=family,
+        peft=peft,
+        reference_adapter=reference,
+        base_name=found.name,
+    )
+    return policy.train(trainable)
+
+
+def _check_adapter(found: files.ModelFiles, *, rank: int, trainable: bool) -> None:
+    if found.adapter is None or not trainable:
+        return
+    own = files.read_json(found.adapter / "adapter_config.json").get("r")
+    if rank != own:
+        raise ConfigError(
+            f"lora.rank is {rank}, but the adapter in {found.adapter} has rank {own}; set lora.rank = {own} to go on "
+            "training it"
+        )
+
+
+def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    raw = files.read_config(folder)
+    if trust_remote_code:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    kind = raw["model_type"]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{folder}/config.json has model_type {kind!r}, which the installed transformers has no causal language "
+            f"model for; {did_you_mean(kind, ['llama', 'qwen2', 'qwen3', 'deepseek_v3'])}"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(raw)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}/config.json is not a valid {kind} configuration: {error}") from error
+
+
+def _stored_quantization(config: Any) -> str | None:
+    """How the checkpoint's weights are stored: None plain, "fp8" in blocks, "bitsandbytes"; others are refused."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method is None and isinstance(stored, dict) and stored.get("load_in_4bit"):
+        method = "bitsandbytes"
+    if method not in ("fp8", "bitsandbytes"):
+        raise ModelError(
+            f"its weights are stored as {method!r}; kitae reads plain, FP8 block-scaled and bitsandbytes weights, "
+            "so take the model's original weights"
+        )
+    return str(method)
+
+
+def _choose_dtype(model: ModelSettings, device: torch.device) -> torch.dtype:
+    if model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        reason = f"model.dtype is {model.dtype}"
+    else:
+        is_fast, reason = backends.of(device).supports("bfloat16")
+        dtype = torch.bfloat16 if is_fast else torch.float32
+    where = "model.device is auto" if model.device == "auto" else f"model.device is {model.device}"
+    log.info("dtype %s (%s), device %s (%s)", str(dtype).removeprefix("torch."), reason, device, where)
+    return dtype
+
+
+def _load_weights(
+    model: ModelSettings,
+    found: files.ModelFiles,
+    config: Any,
+    weights: dict[str, Path],
+    *,
+    stored: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    meta: Any,
+) -> Any:
+    """The transformers model on its device; every parameter must come from the checkpoint."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    source: Path | None = found.folder
+    options: dict[str, Any] = {}
+    if stored == "fp8":
+        rows, columns = config.quantization_config.get("weight_block_size") or (128, 128)
+        options["state_dict"] = quant.fp8_state(weights, block=(rows, columns), dtype=dtype)
+        del config.quantization_config
+        source = None
+    elif stored == "bitsandbytes":
+        quant.require_bitsandbytes(f"{model.name_or_path}, stored in 4 bits,")
+    elif model.quantization == "nf4":
+        keep = adapters.unquantized(meta) if meta is not None else ["lm_head"]
+        options["quantization_config"] = quant.nf4_config(dtype=dtype, keep=keep)
+    if source is not None:
+        options |= {"use_safetensors": True, "local_files_only": True}
+    architecture: Any = AutoModelForCausalLM
+    if source is None:
+        architecture = type(meta)
+    elif model.trust_remote_code:
+        options["trust_remote_code"] = True
+    try:
+        causal_lm, report = architecture.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map={"": device} if device.type != "cpu" else None,
+            output_loading_info=True,
+            **options,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ModelError(f"{model.name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing or report["mismatched_keys"]:
+        raise ModelError(
+            f"{model.name_or_path}: {len(missing)} weights are missing and {len(report['mismatched_keys'])} have "
+            f"another shape than config.json says, such as {(missing or sorted(report['mismatched_keys']))[0]}"
+        )
+    if (found.folder / "generation_config.json").is_file() and source is None:
+        causal_lm.generation_config = GenerationConfig.from_pretrained(found.folder)
+    return causal_lm
+
+
+def _checkpoint_gradients(causal_lm: Any) -> None:
+    if not causal_lm.supports_gradient_checkpointing:
+        raise ModelError(
+            f"model.gradient_checkpointing is on, but {causal_lm.config.model_type} models cannot; set it to false"
+        )
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -83,6 +83,14 @@ def find_targets(causal_lm: Any, wanted: list[str] | str) -> Targets:
     return Targets([n for n in linears if n in chosen], [n for n in fused if n in chosen])
 
 
+def unquantized(causal_lm: Any) -> list[str]:
+    """Modules that 4-bit storage must leave alone: the head, and linears that peft adapts as parameters."""
+    head = causal_lm.get_output_embeddings()
+    everything = find_targets(causal_lm, "all-linear")
+    misread = [n for n in everything.linears if everything.fused and n.rpartition(".")[2] in MISREAD]
+    return [*(name for name, module in causal_lm.named_modules() if module is head), *misread]
+
+
 def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -> Any:
     """Inject a fresh adapter into the model and return peft's wrapper around it.
 
@@ -91,7 +99,7 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
     from peft import LoraConfig, get_peft_model
 
     targets = find_targets(causal_lm, settings.target_modules)
-    modules, parameters = _peft_targets(targets)
+    modules, parameters = _peft_targets(causal_lm, targets)
     if parameters and settings.dropout:
         raise ConfigError(
             f"lora.dropout is {settings.dropout}, which adapters of fused experts cannot have; set it to 0, "
@@ -222,13 +230,21 @@ def logical_size(parameter: nn.Parameter) -> int:
     return math.prod(packed.shape) if packed is not None else parameter.numel()
 
 
-def _peft_targets(targets: Targets) -> tuple[list[str], list[str]]:
-    """peft's target_modules and target_parameters for exactly these weights."""
-    if not targets.fused:
-        return targets.linears, []
-    misread = [n for n in targets.linears if n.rpartition(".")[2] in MISREAD]
-    modules = [n for n in targets.linears if n not in set(misread)]
-    return modules, [*targets.fused, *(f"{n}.weight" for n in misread)]
+def _peft_targets(causal_lm: Any, targets: Targets) -> tuple[list[str], list[str]]:
+    """peft's target_modules and target_parameters for exactly these weights, by short names where they suffice."""
+    everything = find_targets(causal_lm, "all-linear")
+    is_misread = {n: bool(targets.fused) and n.rpartition(".")[2] in MISREAD for n in everything.linears}
+    modules = _shortest([n for n in targets.linears if not is_misread[n]], everything.linears, parts=1)
+    parameters = _shortest([n for n in targets.linears if is_misread[n]], everything.linears, parts=2)
+    fused = _shortest(targets.fused, everything.fused, parts=2)
+    return modules, fused + [f"{n}.weight" for n in parameters]
+
+
+def _shortest(chosen: list[str], everything: list[str], *, parts: int) -> list[str]:
+    """Names cut to their last `parts` parts where that names nothing that was not chosen."""
+    own, short = set(chosen), {n: ".".join(n.split(".")[-parts:]) for n in everything}
+    too_wide = {short[n] for n in everything if n not in own}
+    return sorted({n if short[n] in too_wide else short[n] for n in chosen})
 
 
 def _finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kitae.config import SeamSettings
-from kitae.errors import ModelError
+from kitae.errors import ConfigError, ModelError
 from kitae.models import heads
 from kitae.models.families import GENERIC, Family
 from kitae.models.seams import AttentionCache, scaled_logits
@@ -32,6 +32,7 @@ class Policy(nn.Module):
         family: Family = GENERIC,
         peft: Any = None,
         reference_adapter: str | None = None,
+        base_name: str = "",
     ) -> None:
         super().__init__()
         self.causal_lm: Any = causal_lm  # a transformers PreTrainedModel, whose attributes are dynamic
@@ -44,8 +45,12 @@ class Policy(nn.Module):
         self.seams = seams
         """The seams really in use."""
         self.reference_adapter = reference_adapter
+        """Name of the frozen copy of the adapter this run started from, if it did."""
+        self.base_name = base_name
+        """What an adapter's file says its base model is."""
 
     peft: Any
+    """peft's wrapper around causal_lm, or None without an adapter."""
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +120,13 @@ class Policy(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside it the model is the one this run started from: adapter off, or the frozen start adapter."""
+        """Inside it an adapter's run has the model it started from: adapter off, or the frozen start adapter."""
+        assert self.peft is not None, "a full model has no reference inside it; load a second policy"
+        if self.peft.active_peft_config.bias != "none":
+            raise ConfigError(
+                "lora.bias trains the model's own biases, so switching the adapter off does not give the reference; "
+                "set lora.bias to none, or train without a KL term"
+            )
         if self.reference_adapter is None:
             with self.without_adapter():
                 yield

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kitae import backends
 from kitae.errors import ConfigError
 from kitae.parallel.launch import STORE_VARIABLE
 
@@ -80,33 +81,29 @@ class World:
             dist.destroy_process_group()
 
 
-def start_world(
-    *, device: torch.device | str = "cpu", communication: str = "gloo", timeout_s: float = 1800
-) -> World:
+def start_world(*, device: str = "auto", timeout_s: float = 1800) -> World:
     """Join the other ranks if the environment names any, else return a World of one.
 
-    `communication` is a torch.distributed backend such as gloo or `cpu:gloo,cuda:nccl`. A rank that does not answer
-    for timeout_s ends the run. An accelerator `device` without an index becomes the one of this local rank.
+    `device` is model.device: auto, cpu, cuda, ...; each rank of a machine takes the accelerator of its local rank. A
+    rank that does not answer for timeout_s ends the run.
     """
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank = _number("LOCAL_RANK", rank)
-    device = torch.device(device)
-    if device.type != "cpu" and device.index is None:
-        device = torch.device(device.type, local_rank)
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device)
+    own_device = backends.pick_device(device, local_rank=local_rank)
+    if own_device.type != "cpu":
+        torch.accelerator.set_device_index(own_device)
     if world_size > 1:
         if _number("LOCAL_WORLD_SIZE", world_size) == world_size:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
         store = os.environ.get(STORE_VARIABLE)
         dist.init_process_group(
-            communication,
+            backends.of(own_device).process_group,
             init_method=f"file://{store}" if store else "env://",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
-    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+    return World(rank=rank, world_size=world_size, local_rank=local_rank, device=own_device)
 
 
 def _number(variable: str, default: int) -> int:

@@ -1,4 +1,4 @@
-"""What every recipe needs around its loop: data, model, learner, sampler, judge, evaluators, and reports.
+"""What every recipe needs around its loop: data, model, learner, sampler, judge, evaluators and reports.
 
 A recipe asks for these in the order of its pipeline, so data errors come before any weights are read.
 """
@@ -8,56 +8,265 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kitae.config import RewardSettings, RolloutSettings, SamplingSettings
+from kitae.config import ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
-from kitae.data.collate import collate, with_stream
+from kitae.data.collate import collate
 from kitae.data.loader import Loader
 from kitae.data.mixing import Mixture, hold_out
-from kitae.data.rendered import RenderedProblems, RenderedRows
+from kitae.data.problems import RenderedProblems
+from kitae.data.rendered import RenderedRows
 from kitae.data.sources import Dataset, open_dataset
-from kitae.evaluate.perplexity import evaluate_loss
 from kitae.models.load import load_policy
-from kitae.models.policy import Policy
+from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
+from kitae.plugins import names_in
+from kitae.recipes._sampling import (
+    FrozenModel,
+    Groups,
+    Judge,
+    Reference,
+    Sampler,
+    Scores,
+    sample_records,
+    summarise,
+)
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.generic import GenericEngine
 from kitae.train.learner import Learner
 from kitae.train.run import Run
-from kitae.types import Batch, Problem, Rollout, Row, Score
+from kitae.types import Batch, Problem, Row
 
 log = logging.getLogger(__name__)
 Evaluate = Callable[[], dict[str, float]]
-EVAL_SEED = 0
-MAX_HOLD_OUT = 500
+SPLIT_SEED = 0
+"""Held-out rows do not change with train.seed, so that runs with other seeds are judged on the same rows."""
 
 
 class Setup:
-    """The parts of one run on this rank. Made by kitae/recipes/_run.py; `cfg` is the recipe's Settings."""
+    """The parts of one run on this rank. Made by kitae/recipes/_run.py; `cfg` is the recipe's own Settings."""
 
-    def __init__(self, cfg: Any, *, world: World, run: Run, tokenizer: Any, template: Template) -> None:
-        # cfg and tokenizer: a recipe's own Settings class, and transformers' tokenizer, which is untyped.
-        self.cfg, self.world, self.run = cfg, world, run
-        self.tokenizer, self.template = tokenizer, template
-        self.policy: Policy | None = None
-        self._closers: list[Callable[[], None]] = []
-        self._step_started = time.perf_counter()
+    def __init__(self, cfg: Any, *, world: World, run: Run, template: Template) -> None:
+        # cfg is Any: each recipe has its own Settings class, and shares the sections used here.
+        self.cfg, self.world, self.run, self.template = cfg, world, run, template
+        self._learner: Learner | None = None
+        self._mixture: Mixture[Any] | None = None
+        self._pools: list[RewardPool] = []
+        self._seconds: dict[str, float] = {}
+        self._step_began = 0.0
+
+    def save_final(self, folder: Path) -> None:
+        """Write the trained model, its tokenizer and template; every rank calls this, the first one writes."""
+        assert self._learner is not None, "nothing was trained"
+        tensors = self._learner.full_tensors()
+        if self.world.is_main:
+            save_policy(
+                self._learner.policy, folder, tensors=tensors, max_shard_gib=self.cfg.save.max_shard_gib
+            )
+            self.template.save(folder)
 
     def close(self) -> None:
-        """End worker processes."""
-        for closer in reversed(self._closers):
-            closer()
+        """End the worker processes."""
+        for pool in self._pools:
+            pool.close()
 
-    # ---------------------------------------------------------------------------------------------- data
-    def rendered_rows(self, *, max_length: int) -> tuple[RenderedRows, RenderedRows | None]:
-        """Training rows and evaluation rows (None where none were asked for), rendered once and kept on disk."""
-        train, held_out = self._datasets(purpose="sft")
-        rows = RenderedRows(train, self.template, max_length=max_length)
-        self.log_once(rows.report())
-        return rows, held_out and RenderedRows(held_out, self.template, max_length=max_length)
+    @property
+    def _model(self) -> ModelSettings:
+        """The model's settings, on this rank's own device."""
+        model: ModelSettings = self.cfg.model
+        return model.model_copy(update={"device": str(self.world.device)})
+
+    # data -----------------------------------------------------------------------------------------------------
+
+    def rendered_rows(self, *, max_length: int) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
+        """Training and evaluation rows (None where none were asked for), rendered once and kept on disk."""
+
+        def render(dataset: Sequence[Any]) -> Sequence[list[Row]]:
+            skip = self.cfg.data.on_bad_row == "skip"
+            return RenderedRows(dataset, template=self.template, max_length=max_length, skip_bad=skip)
+
+        sources, held_out = self._sources(purpose="sft")
+        return self._mixed([render(s) for s in sources]), held_out and render(held_out)
+
+    def problems(self, *, max_prompt_length: int) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
+        """The same as questions to sample from; too long ones are dropped and counted."""
+
+        def render(dataset: Sequence[Any]) -> Sequence[Problem]:
+            return RenderedProblems(dataset, template=self.template, max_prompt_length=max_prompt_length)
+
+        sources, held_out = self._sources(purpose="rl")
+        return self._mixed([render(s) for s in sources]), held_out and render(held_out)
+
+    def loader(self, items: Sequence[Any], *, items_per_step: int) -> Loader[Any]:
+        """Walks through items in the order of the seed, this rank's share of each step; part of every checkpoint."""
+        loader = Loader(
+            items,
+            items_per_step=items_per_step,
+            seed=self.cfg.train.seed,
+            shuffle=self.cfg.data.shuffle,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            order=self._mixture.order if self._mixture else None,
+        )
+        self.run.track("loader", loader)
+        return loader
+
+    def total_steps(self, *, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole run: train.max_steps, or the epochs' worth."""
+        epochs = self.cfg.train.num_train_epochs
+        return int(self.cfg.train.max_steps or max(1, round(steps_per_epoch * epochs)))
+
+    def _sources(self, *, purpose: Any) -> tuple[list[Sequence[Any]], Sequence[Any] | None]:
+        """Training sources (one, or one per weight), and evaluation rows if any are asked for."""
+        data = self.cfg.data
+        need_answer = purpose == "rl" and self.cfg.reward.function in names_in("kitae.rewards")
+
+        def read(paths: Sequence[str], *, split: str, max_rows: int | None) -> Dataset:
+            return open_dataset(
+                paths, data=data, purpose=purpose, need_answer=need_answer, split=split, max_rows=max_rows
+            )
+
+        groups = [[path] for path in data.train] if data.weights else [data.train]
+        sources: list[Any] = [read(paths, split=data.split, max_rows=data.max_rows) for paths in groups]
+        self.run.identify(data="+".join(source.fingerprint for source in sources))
+        held_out: Sequence[Any] | None = None
+        if data.eval or data.eval_split:
+            split = data.eval_split or data.split
+            held_out = read(data.eval or data.train, split=split, max_rows=self.cfg.eval.max_rows)
+        elif self.cfg.eval.steps and data.hold_out:
+            parts = [hold_out(source, share=data.hold_out, seed=SPLIT_SEED) for source in sources]
+            sources = [kept for kept, _ in parts]
+            held_out = [example for _, held in parts for example in held][: self.cfg.eval.max_rows]
+        return sources, held_out
+
+    def _mixed(self, sources: list[Sequence[Any]]) -> Sequence[Any]:
+        if len(sources) == 1:
+            return sources[0]
+        self._mixture = Mixture(sources, weights=self.cfg.data.weights, seed=self.cfg.train.seed)
+        return self._mixture
+
+    # model ----------------------------------------------------------------------------------------------------
+
+    def learner(self, *, total_steps: int) -> Learner:
+        """Load the policy, spread it over the ranks, and give it an optimizer; part of every checkpoint."""
+        policy = load_policy(self._model, lora=self.cfg.lora)
+        fsdp.shard(policy, self.world)
+        self._learner = learner = Learner(
+            policy, optim=self.cfg.optim, total_steps=total_steps, world=self.world
+        )
+        self.run.track("learner", learner)
+        return learner
+
+    def reference(self, learner: Learner, *, rows_per_forward: int) -> Reference:
+        """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy."""
+        if learner.policy.peft is not None:
+            return Reference(learner.without_adapter(), rows_per_forward=rows_per_forward)
+        frozen = load_policy(self._model, trainable=False)
+        fsdp.shard(frozen, self.world)
+        return Reference(FrozenModel(frozen, world=self.world), rows_per_forward=rows_per_forward)
+
+    # sampling and judging -------------------------------------------------------------------------------------
+
+    def sampler(self, learner: Learner, rollout: RolloutSettings) -> Sampler:
+        """Samples from the learner's present weights."""
+        engine = GenericEngine(
+            learner.policy,
+            stop_ids=self.template.stop_ids,
+            decode=self.template.decode,
+            max_rows=rollout.inference_batch_size,
+        )
+        return Sampler(engine, learner=learner, rollout=rollout, seed=self.cfg.train.seed)
+
+    def judge(self, reward: RewardSettings) -> Judge:
+        """Worker processes that score completions."""
+        pool = RewardPool(reward)
+        self._pools.append(pool)
+        return Judge(pool)
+
+    # evaluation -----------------------------------------------------------------------------------------------
+
+    def loss_evaluator(self, learner: Learner, rows: Sequence[list[Row]] | None) -> Evaluate | None:
+        """eval/loss and eval/perplexity of held-out rows; None where there are none."""
+        if rows is None:
+            return None
+        mine = [row for item in rows[self.world.rank :: self.world.world_size] for row in item]
+
+        def evaluate() -> dict[str, float]:
+            batches = collate(mine, rows_per_forward=self.cfg.eval.batch_size)
+            sums = torch.zeros(2, dtype=torch.float64)
+            for logprobs_N in learner.logprobs(batches):
+                sums += torch.tensor([-logprobs_N.double().sum(), len(logprobs_N)], dtype=torch.float64)
+            total, tokens = self.world.sum(sums.to(self.world.device)).tolist()
+            loss = total / tokens
+            return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+        return evaluate
+
+    def accuracy_evaluator(
+        self, sampler: Sampler, judge: Judge, problems: Sequence[Problem] | None
+    ) -> Evaluate | None:
+        """eval/accuracy (greedy), eval/reward and eval/format_rate of held-out problems; None where there are none."""
+        if problems is None:
+            return None
+        mine = list(problems[self.world.rank :: self.world.world_size])
+
+        def evaluate() -> dict[str, float]:
+            groups = sampler.greedy(mine)
+            found = summarise(groups, judge.score(groups), world=self.world, is_reasoning=self._is_reasoning)
+            shown = ("accuracy", "reward", "format_rate", "completion_length", "truncated")
+            return {f"eval/{name}": found[name] for name in shown if name in found}
+
+        return evaluate
+
+    @property
+    def _is_reasoning(self) -> bool:
+        return bool(self.cfg.reward.function == "reasoning")
+
+    # reports --------------------------------------------------------------------------------------------------
+
+    def steps(self, total: int, *, evaluate: Evaluate | None) -> Iterator[int]:
+        """run.steps, with a clock for tokens per second."""
+        for step in self.run.steps(total, evaluate=evaluate):
+            self._step_began, self._seconds = time.perf_counter(), {}
+            yield step
+
+    def report_round(self, step: int, groups: Groups, scores: Scores) -> dict[str, float]:
+        """A round's metrics under rollout/; every completion of every rank goes to samples.jsonl."""
+        records = self.world.gather_json(sample_records(groups, scores))
+        self.run.samples(step, [record for own in records for record in own])
+        found = summarise(groups, scores, world=self.world, is_reasoning=self._is_reasoning)
+        return {f"rollout/{name}": value for name, value in found.items()}
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Log the seconds spent inside as time/<name>_s of this step."""
+        began = time.perf_counter()
+        yield
+        self._seconds[f"time/{name}_s"] = time.perf_counter() - began
+
+    def train_metrics(self, metrics: dict[str, float], batches: Sequence[Batch]) -> dict[str, float]:
+        """The Learner's metrics under train/, with tokens per second and the share of padding, over all ranks."""
+        counts = [
+            sum(b.packing.num_real_tokens for b in batches),
+            sum(b.packing.num_tokens for b in batches),
+        ]
+        real, padded = self.world.sum(
+            torch.tensor(counts, dtype=torch.float64, device=self.world.device)
+        ).tolist()
+        elapsed = time.perf_counter() - self._step_began
+        named = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
+        return (
+            named
+            | self._seconds
+            | {
+                "perf/tokens_per_s": real / elapsed,
+                "perf/padding_share": 1 - real / padded if padded else 0.0,
+            }
+        )

@@ -28,7 +28,10 @@ from kitae.config import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from torch import Tensor
+
+    from kitae.recipes._setup import Setup
+    from kitae.types import Rollout, Row, Score
 
 
 class GRPOSettings(Section):
@@ -72,22 +75,21 @@ class Settings(Section):
 
 def train(cfg: Settings, setup: Setup) -> None:
     """Alternate rounds of sampling with `updates_per_round x epochs_per_round` optimizer steps on each."""
-    import torch
-
     from kitae.algos import advantages, averaging, losses
     from kitae.data.collate import collate
+    from kitae.recipes._sampling import rewards_of
     from kitae.train.buffer import RolloutBuffer
 
+    n, rows_per_forward = cfg.rollout.num_generations, cfg.rollout.rows_per_forward
     problems, held_out = setup.problems(max_prompt_length=cfg.rollout.max_prompt_length)
     loader = setup.loader(problems, items_per_step=cfg.rollout.prompts_per_round)
     buffer = RolloutBuffer(updates=cfg.rollout.updates_per_round, epochs=cfg.rollout.epochs_per_round)
-    steps_per_round = buffer.updates * buffer.epochs
-    total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch * steps_per_round)
+    setup.run.track("buffer", buffer)
+    total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch * buffer.steps_per_round)
+    judge = setup.judge(cfg.reward)
     learner = setup.learner(total_steps=total)
     sampler = setup.sampler(learner, cfg.rollout)
-    judge = setup.judge(cfg.reward)
-    reference = setup.reference(learner) if cfg.grpo.kl_coef > 0 else None
-    setup.run.track("buffer", buffer)
+    reference = setup.reference(learner, rows_per_forward=rows_per_forward) if cfg.grpo.kl_coef else None
     loss_fn = partial(
         losses.clipped_policy_gradient,
         clip_low=cfg.grpo.clip_low,
@@ -95,38 +97,43 @@ def train(cfg: Settings, setup: Setup) -> None:
         kl_coef=cfg.grpo.kl_coef,
     )
 
-    for step in setup.run.steps(total, evaluate=setup.accuracy_evaluator(sampler, judge, held_out)):
+    for step in setup.steps(total, evaluate=setup.accuracy_evaluator(sampler, judge, held_out)):
         metrics: dict[str, float] = {}
         if buffer.is_used_up:
             # 1. Sample G completions of each prompt with the current policy.
             temperature = annealed(cfg.rollout, step=step, total=total)
-            groups = sampler.sample(loader.take(), n=cfg.rollout.num_generations, temperature=temperature, seed=step)
+            with setup.timer("rollout"):
+                groups = sampler.sample(loader.take(), n=n, temperature=temperature, step=step)
 
             # 2. Judge them. NaN marks a completion that could not be scored.
-            scores = judge.score(groups)
-            rewards_PG = torch.tensor([[nan_if_none(s.value) for s in group] for group in scores])
-            rewards_PG = rewards_PG.view(len(groups), cfg.rollout.num_generations)
+            with setup.timer("reward"):
+                scores = judge.score(groups)
+            rewards_PG = rewards_of(scores, num_generations=n)
 
             # 3. A group whose rewards are all equal has advantage 0 everywhere: it teaches nothing.
             advantages_PG = advantages.group_relative(rewards_PG, scale_by_std=cfg.grpo.scale_by_std)
 
             # 4. Lay prompt and completion out as rows. From here on this is ordinary training.
-            rows = [to_rows(g, s, a, cfg.rollout) for g, s, a in zip(groups, scores, advantages_PG, strict=True)]
+            rows = [
+                to_rows(group, own_scores, advantages_G=advantages_G, rollout=cfg.rollout)
+                for group, own_scores, advantages_G in zip(groups, scores, advantages_PG, strict=True)
+            ]
             if reference is not None:
-                rows = [reference.annotate(group, "ref_logprobs", temperature=temperature) for group in rows]
+                rows = reference.annotate(rows, temperature=temperature)
             buffer.fill(rows, temperature=temperature)
-            metrics |= setup.report_round(step, groups, scores, rewards_PG, temperature=temperature)
+            metrics |= setup.report_round(step, groups, scores) | {"rollout/temperature": temperature}
 
         # 5. The denominator is fixed before dead groups leave; with a KL term they stay.
         weighed, denominator = averaging.weigh(
             buffer.take(), cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
         )
         teaching = [row for row in weighed if teaches(row, has_reference=reference is not None)]
-        batches = collate(teaching, rows_per_forward=cfg.rollout.rows_per_forward, temperature=buffer.temperature)
+        batches = collate(teaching, rows_per_forward=rows_per_forward, temperature=buffer.temperature)
 
         # 6. Gradient, then update.
-        metrics |= learner.forward_backward(batches, loss_fn, denominator=denominator)
-        metrics |= learner.optim_step()
+        with setup.timer("update"):
+            metrics |= learner.forward_backward(batches, loss_fn, denominator=denominator)
+            metrics |= learner.optim_step()
         setup.run.log(step, setup.train_metrics(metrics, batches))
 
 
@@ -140,7 +147,7 @@ def annealed(rollout: RolloutSettings, *, step: int, total: int) -> float:
 
 
 def to_rows(
-    group: list[Rollout], scores: list[Score], advantages_G: Tensor, rollout: RolloutSettings
+    group: list[Rollout], scores: list[Score], *, advantages_G: Tensor, rollout: RolloutSettings
 ) -> list[Row]:
     """One group as training rows. Streams are 0 on the prompt, where nothing is taught.
 

@@ -20,7 +20,7 @@ from kitae.config import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from kitae.recipes._setup import Setup
 
 
 class Settings(Section):
@@ -56,7 +56,7 @@ def train(cfg: Settings, setup: Setup) -> None:
     total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
     learner = setup.learner(total_steps=total)
 
-    for step in setup.run.steps(total, evaluate=setup.loss_evaluator(learner, held_out)):
+    for step in setup.steps(total, evaluate=setup.loss_evaluator(learner, held_out)):
         # 1. This rank's rows of the step. An item is one conversation; its template may cut it into several rows.
         taken = [row for item in loader.take() for row in item]
 

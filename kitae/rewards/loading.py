@@ -39,10 +39,10 @@ class Reward:
     """What a completion earns that exhausts its time or memory; None: it could not be scored."""
 
     def __call__(
-        self, completion: str, *, prompt: str, answer: str | None, columns: dict[str, Any]
+        self, completion: str, /, *, prompt: str, answer: str | None, **columns: Any
     ) -> float | Score | None:
+        columns.pop("completion", None)
         given = {**columns, **self.options, "prompt": prompt, "answer": answer}
-        given.pop("completion", None)
         if self.accepts is not None:
             given = {name: value for name, value in given.items() if name in self.accepts}
         return self.function(completion, **given)

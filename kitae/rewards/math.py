@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import deque
 from typing import Literal, NamedTuple, TypeGuard
 
 from kitae.rewards.normalise import (
@@ -22,6 +23,7 @@ from kitae.rewards.normalise import (
     is_words,
     normalise,
     same_quantity,
+    without_spaces,
 )
 from kitae.types import Score
 
@@ -69,7 +71,7 @@ def final_answer(text: str) -> Found:
 
     A completion that was cut off inside its think block has none.
     """
-    thinking, closed, after = text.rpartition("</think>")
+    _, closed, after = text.rpartition("</think>")
     if not closed and "<think>" in text:
         return Found(None, "unclosed think")
     start = after.rfind("<answer>")
@@ -84,11 +86,9 @@ def final_answer(text: str) -> Found:
     marked = ("\n" + after).rpartition("\nA:")
     if marked[1]:
         return Found(_line(marked[2]), "A:")
-    number = None
-    for number in LAST_NUMBER.finditer(after):
-        pass
-    if number is not None:
-        return Found(number[0], "last number")
+    number = deque(LAST_NUMBER.finditer(after), maxlen=1)
+    if number:
+        return Found(number[0][0], "last number")
     return Found(None, "nothing found")
 
 
@@ -132,17 +132,16 @@ def _same(answer: str, gold: str) -> bool:
     """The same for normalised text: cheap and exact ways first, symbols last."""
     if not answer or not gold:
         return False
-    if answer.replace(" ", "") == gold.replace(" ", ""):
+    if without_spaces(answer) == without_spaces(gold):
         return True
     number, gold_number = as_quantity(answer), as_quantity(gold)
     if number and gold_number:
         return same_quantity(number, gold_number)
+    answer, gold = _without_names(answer, gold)
     answers, golds = as_list(answer), as_list(gold)
     if len(answers.parts) != 1 or len(golds.parts) != 1:
         return _same_list(answers, golds)
     inner, gold_inner = answers.parts[0], golds.parts[0]
-    if assigned_name(inner) in ("", assigned_name(gold_inner)) or not assigned_name(gold_inner):
-        inner, gold_inner = assigned_value(inner), assigned_value(gold_inner)
     if (inner, gold_inner) != (answer, gold):
         return _same(inner, gold_inner)
     if is_words(answer) or is_words(gold):
@@ -150,6 +149,15 @@ def _same(answer: str, gold: str) -> bool:
     if is_relation(answer) != is_relation(gold):
         return False
     return _same_symbolically(answer, gold)
+
+
+def _without_names(answer: str, gold: str) -> tuple[str, str]:
+    """Both without "x =" in front, unless the other side is another statement: y=5 is not x=5."""
+    name, gold_name = assigned_name(answer), assigned_name(gold)
+    same_name = name == gold_name
+    plain = assigned_value(answer) if same_name or not is_relation(gold) else answer
+    plain_gold = assigned_value(gold) if same_name or not is_relation(answer) else gold
+    return plain, plain_gold
 
 
 def _same_list(answers: Parts, golds: Parts) -> bool:
@@ -169,12 +177,14 @@ def _same_list(answers: Parts, golds: Parts) -> bool:
 
 
 def _same_symbolically(answer: str, gold: str) -> bool:
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     # The parser for LaTeX only: the one for plain expressions ends in sympy's parse_expr, which evaluates code.
     # Time-outs are off because they need the main thread and signals; the worker that runs this can be killed.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    latex = [LatexExtractionConfig(boxed_match_priority=-1)]
+    spelling = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none")
+    latex = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
     parsed, parsed_gold = (
         parse(f"${text.replace('$', '')}$", latex, fallback_mode="no_fallback", parsing_timeout=None)
         for text in (answer, gold)

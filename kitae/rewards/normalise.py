@@ -1,7 +1,7 @@
 """One spelling for each answer: LaTeX decoration, Unicode digits, units, percent, thousands separators, lists.
 
-    raw answer --normalise--> plain LaTeX --as_quantity--> (Fraction, unit)
-                                          --as_list-->     brackets and parts
+raw answer --normalise--> plain LaTeX --as_quantity--> (Fraction, unit)
+                                      --as_list-->     brackets and parts
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ SYMBOLS = str.maketrans(
         "\u3001": ",",
     }
 )
-SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
+SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-"
+)
 WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
 COSMETIC = re.compile(
-    r"\\(?:left|right|displaystyle|limits|bigl|bigr|big|Big|quad|qquad|[!,;:> ])(?![A-Za-z])|~|\\[!,;:> ]"
+    r"~|(?<!\\)\\(?:[!,;:> ]|(?:left|right|displaystyle|limits|bigl|bigr|big|Big|quad|qquad)(?![A-Za-z]))"
 )
 FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname|rm)\s*\{([^{}]*)\}")
 REPLACEMENTS = (
@@ -48,6 +50,7 @@ REPLACEMENTS = (
     (re.compile(r"\\neq(?![A-Za-z])"), r"\\ne"),
     (re.compile(r"\\times(?![A-Za-z])"), r"\\cdot"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])"), " degrees "),
+    (re.compile(r"\^\s*\{\s*(?:st|nd|rd|th)\s*\}"), ""),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\*"), r"\\cdot "),
     (re.compile(r"(?<![A-Za-z\\])(sqrt|pi|infty)(?![A-Za-z])"), r"\\\1"),
@@ -134,19 +137,23 @@ NUMBER = re.compile(
     )""",
     re.VERBOSE,
 )
-SHORT_UNITS = frozenset(
-    "m g s h l L J N W V A K C F cm mm km kg mg ml mL ft in lb oz hr mi yd am pm kW GB MB TB Hz".split()
+ONE_LETTER_UNITS = frozenset("mgshlLJNWVAKCF")
+TWO_LETTER_UNITS = frozenset(
+    ["cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "lb", "oz", "hr", "mi", "yd", "am", "pm", "kW", "GB", "MB"]
+    + ["TB", "Hz", "st", "nd", "rd", "th"]
 )
 NO_UNIT = frozenset(
-    "or and not nor to minus plus times over hundred thousand million billion trillion dozen half sin cos tan log ln "
-    "exp mod gcd lcm max min lim".split()
+    ["or", "and", "not", "nor", "to", "minus", "plus", "times", "over", "hundred", "thousand", "million", "billion"]
+    + ["trillion", "dozen", "half", "sin", "cos", "tan", "log", "ln", "exp", "mod", "gcd", "lcm", "max", "min", "lim"]
 )
+MYRIADS = frozenset("\u767e\u5343\u4e07\u842c\u4ebf\u5104\u5146\u534a")
+"""Chinese and Japanese numerals, from hundred to trillion, and half: they change the number before them."""
 UNIT_NAMES = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
     "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "hour": "h",
-    "hr": "h", "minute": "min", "second": "s", "sec": "s", "feet": "ft", "foot": "ft", "inch": "in", "inche": "in",
-    "pound": "lb", "lb": "lb", "mile": "mi", "yard": "yd", "ounce": "oz", "percent": "%", "$": "dollar",
-    "cent": "cent", "people": "person",
+    "hr": "h", "second": "s", "sec": "s", "feet": "ft", "foot": "ft", "inch": "in", "inche": "in", "pound": "lb",
+    "mile": "mi", "yard": "yd", "ounce": "oz", "percent": "%", "people": "person",
+    "$": "dollar", "\u20ac": "euro", "\u00a3": "pound", "\u00a5": "yen", "\u5186": "yen", "\u5143": "yuan",
 }  # fmt: skip
 
 
@@ -192,15 +199,20 @@ def _unit(rest: str, *, apart: bool) -> str | None:
     rest = rest.strip()
     if rest in ("", "%"):
         return rest
-    if not re.fullmatch(r"[A-Za-z][A-Za-z .'/-]*(?:\^\{[23]\})?", rest) or len(rest) > 60:
+    match = re.fullmatch(r"([^\W\d_](?:[^\W\d_]|[ .'/-])*)\s*(\^\{[23]\})?", rest)
+    if match is None or MYRIADS.intersection(rest):
         return None
-    words = re.findall(r"[A-Za-z]+", rest)
-    if NO_UNIT.intersection(word.lower() for word in words):
+    words = re.findall(r"[^\W\d_]+", match[1])
+    if NO_UNIT.intersection(word.lower() for word in words) or _is_variable(match[1], apart=apart):
         return None
-    is_variable = len(rest) <= 2 and (rest not in SHORT_UNITS or (len(rest) == 1 and not apart))
-    if is_variable:
-        return None
-    return " ".join(UNIT_NAMES.get(_singular(w), _singular(w)) for w in words) + rest[len(rest.split("^")[0]) :]
+    return " ".join(UNIT_NAMES.get(_singular(w), _singular(w)) for w in words) + (match[2] or "")
+
+
+def _is_variable(letters: str, *, apart: bool) -> bool:
+    """Whether one or two letters after a number are factors, as in 5x, rather than a unit, as in 5 m."""
+    if not letters.isascii() or len(letters) > 2:
+        return False
+    return not (apart and letters in ONE_LETTER_UNITS) and letters not in TWO_LETTER_UNITS
 
 
 def _singular(word: str) -> str:
@@ -231,6 +243,11 @@ RELATION = re.compile(r"=|<|>|\\(?:le|ge|ne|lt|gt|approx|equiv|sim|in)(?![A-Za-z
 def is_relation(text: str) -> bool:
     """Whether `text` says something about two sides, such as 6=5 or x<3, rather than naming a value."""
     return RELATION.search(text) is not None
+
+
+def without_spaces(text: str) -> str:
+    """The text without spaces, but for those between two digits."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def is_words(text: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from kitae.config import RewardSettings
 from kitae.errors import ConfigError, RewardError
+from kitae.rewards.worker import SLOT_BYTES
 from kitae.types import Problem, Score
 
 TIMEOUT = "timeout"
@@ -78,7 +79,9 @@ class RewardPool:
             return Score(reply["value"], reply["reason"])
         if "exhausted" in reply and self._nursery.out_of_budget is not None:
             return Score(self._nursery.out_of_budget, reply["exhausted"])
-        return self._unscored(reply.get("error") or f"ran into its limit: {reply['exhausted']}", text, problem)
+        return self._unscored(
+            reply.get("error") or f"ran into its limit: {reply['exhausted']}", text, problem
+        )
 
     def _unscored(self, what: str, text: str, problem: Problem) -> Score:
         name = self.settings.function
@@ -122,8 +125,16 @@ class _Nursery:
         """A fresh worker's connection; what sat in the slot before is killed and reaped first."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
-            socket.send_fds(self._control, [bytes([slot])], [theirs.fileno()])
-            _read_line(self._control)
+            try:
+                socket.send_fds(self._control, [slot.to_bytes(SLOT_BYTES, "big")], [theirs.fileno()])
+                is_ready = _read_line(self._control) == b"\n"
+            except ConnectionError:
+                is_ready = False
+        if not is_ready:
+            ours.close()
+            raise RewardError(
+                "the process that starts reward workers was ended from outside; start the run again"
+            )
         return ours
 
     def close(self) -> None:

@@ -35,7 +35,9 @@ def reward(
     """
     if not is_usable(answer):
         return Score(None, "no usable gold answer")
-    problem = (answer_tags_problem if form == "answer_tags" else boxed_problem)(completion, strict=strict_form)
+    problem = (answer_tags_problem if form == "answer_tags" else boxed_problem)(
+        completion, strict=strict_form
+    )
     if problem:
         return Score(WRONG_FORM, problem)
     found = text_in_answer(completion) if form == "answer_tags" else text_in_boxed(completion)

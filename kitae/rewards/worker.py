@@ -16,7 +16,7 @@ import resource
 import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from kitae.config import RewardSettings
 from kitae.errors import KitaeError
@@ -26,6 +26,7 @@ from kitae.types import Score
 MEMORY_BYTES = 2 << 30
 """Address space a worker may take on top of what it was forked with."""
 
+SLOT_BYTES = 4
 REASON_LENGTH = 500
 OUT_OF_MEMORY, OUT_OF_DEPTH = "out of memory", "nested too deep"
 
@@ -46,33 +47,44 @@ def main(control_fd: int, settings_json: str) -> None:
 
 
 def _fork_on_request(control: socket.socket, reward: Reward) -> None:
+    """Keep one worker per slot until the pool closes its end."""
+    nursery = os.getpid()
     workers: dict[int, int] = {}
-    while True:
-        message, fds, _, _ = socket.recv_fds(control, 1, 1)
-        if not message:
-            return
-        slot = message[0]
-        if slot in workers:
-            os.kill(workers[slot], signal.SIGKILL)
-            os.waitpid(workers[slot], 0)
-        nursery = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            control.close()
-            _work(socket.socket(fileno=fds[0]), reward, parent=nursery)
-            os._exit(0)
-        workers[slot] = pid
-        os.close(fds[0])
-        control.sendall(b"\n")
+    try:
+        while True:
+            message, fds, _, _ = socket.recv_fds(control, SLOT_BYTES, 1)
+            if not message:
+                return
+            slot = int.from_bytes(message, "big")
+            _end(workers.pop(slot, None))
+            pid = os.fork()
+            if pid == 0:
+                _work(control, socket.socket(fileno=fds[0]), reward, parent=nursery)
+            workers[slot] = pid
+            os.close(fds[0])
+            control.sendall(b"\n")
+    finally:
+        for pid in workers.values():
+            _end(pid)
 
 
-def _work(connection: socket.socket, reward: Reward, *, parent: int) -> None:
-    """Judge one request after another until the pool hangs up."""
-    _die_with(parent)
-    _limit_memory()
-    with connection, connection.makefile("rb") as requests:
-        for line in requests:
-            connection.sendall(json.dumps(_judge(reward, json.loads(line))).encode() + b"\n")
+def _end(pid: int | None) -> None:
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _work(control: socket.socket, connection: socket.socket, reward: Reward, *, parent: int) -> NoReturn:
+    """In a forked worker: judge one request after another until the pool hangs up, then leave at once."""
+    try:
+        control.close()
+        _die_with(parent)
+        _limit_resources()
+        with connection.makefile("rb") as requests:
+            for line in requests:
+                connection.sendall(json.dumps(_judge(reward, json.loads(line))).encode() + b"\n")
+    finally:
+        os._exit(0)  # never return into the nursery's code, whatever happened
 
 
 def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +94,7 @@ def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
             request["completion"],
             prompt=request["prompt"],
             answer=request["answer"],
-            columns=request["columns"],
+            **{name: value for name, value in request["columns"].items() if name not in ("prompt", "answer")},
         )
     except MemoryError:
         return {"exhausted": OUT_OF_MEMORY}
@@ -96,9 +108,12 @@ def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return {"error": f"returned {type(value).__name__} {value!r}; it must be a number, a Score or None"[:REASON_LENGTH]}
+        what = f"returned {type(value).__name__} {value!r}"[:REASON_LENGTH]
+        return {"error": f"{what}; it must return a number, a Score or None"}
     if not math.isfinite(number):
-        return {"error": f"returned {number}; it must be finite, or None for what could not be scored"}
+        return {
+            "error": f"returned {number}; it must be finite, or None for a completion that could not be scored"
+        }
     return {"value": number, "reason": str(reason)[:REASON_LENGTH]}
 
 
@@ -124,7 +139,7 @@ def _die_with(parent: int) -> None:
         os._exit(0)
 
 
-def _limit_memory() -> None:
+def _limit_resources() -> None:
     """Allow MEMORY_BYTES beyond what is mapped now, and no core files."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":

@@ -1,6 +1,6 @@
 """What every rollout engine is and shares: the protocol, a request in the making, and how it becomes a Rollout.
 
-    problems --make_requests--> requests --engine samples--> requests with tokens --as_rollout--> rollouts
+problems --make_requests--> requests --engine samples--> requests with tokens --as_rollout--> rollouts
 """
 
 from __future__ import annotations
@@ -111,12 +111,16 @@ def request_seed(seed: int, index: int, sample: int) -> int:
     return int.from_bytes(blake2b(f"{seed}/{index}/{sample}".encode(), digest_size=8).digest())
 
 
-def check_lengths(problems: Sequence[Problem], limits: Sequence[Sequence[int]], *, context: int | None) -> None:
+def check_lengths(
+    problems: Sequence[Problem], limits: Sequence[Sequence[int]], *, context: int | None
+) -> None:
     """Refuse prompts without tokens, and completions that could grow beyond the model's context."""
     for number, (problem, allowed) in enumerate(zip(problems, limits, strict=True)):
         length, longest = len(problem.token_ids), max(allowed, default=0)
         if length == 0:
-            raise DataError(f"prompt {number} (row {problem.index} of its data) has no tokens to continue from")
+            raise DataError(
+                f"prompt {number} (row {problem.index} of its data) has no tokens to continue from"
+            )
         if context is not None and length + longest > context:
             raise ConfigError(
                 f"prompt {number} (row {problem.index} of its data) has {length} tokens and max_new_tokens is "

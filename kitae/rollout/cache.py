@@ -28,6 +28,15 @@ class Prompt(NamedTuple):
     slots: list[int]
 
 
+class Step(NamedTuple):
+    """What one decode step's attention needs in every layer."""
+
+    slots_B: Tensor
+    positions_B: Tensor
+    bias_B1U: Tensor
+    """0 where a row has a token, -inf beyond its last one."""
+
+
 class SlotCache:
     """The attention cache of GenericEngine; tell it what comes next with begin_prefill or begin_step."""
 
@@ -36,34 +45,34 @@ class SlotCache:
         self._device = device
         self._dtype = dtype
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prompts: list[Prompt] | None = None
+        self._next: list[Prompt] | Step = []
         self._capacity = 0
 
     def begin_prefill(self, prompts: list[Prompt]) -> None:
         """The next forward computes these packed prompts."""
-        self._prompts = prompts
+        self._next = prompts
         self._require(max(p.length for p in prompts))
 
     def begin_step(self, positions: Sequence[int]) -> None:
         """The next forward computes one token per slot 0, 1, ..., at these positions."""
-        self._prompts = None
         used = max(positions) + 1
         self._require(used)
-        self._positions_B = torch.tensor(positions, device=self._device)
-        self._slots_B = torch.arange(len(positions), device=self._device)
-        is_unseen = torch.arange(used, device=self._device) > self._positions_B[:, None]
-        self._bias_B1U = torch.zeros(is_unseen.shape, device=self._device).masked_fill_(is_unseen, -torch.inf)[:, None]
+        slots_B = torch.arange(len(positions), device=self._device)
+        positions_B = torch.tensor(positions, device=self._device)
+        is_beyond = torch.arange(used, device=self._device) > positions_B[:, None]
+        bias_BU = torch.zeros(is_beyond.shape, device=self._device).masked_fill_(is_beyond, -torch.inf)
+        self._next = Step(slots_B, positions_B, bias_BU[:, None])
 
     def attend(
         self, layer_idx: int, q_TQD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing, scaling: float
     ) -> Tensor:
         """What the attention seam calls in every layer: store keys and values, return the attention [T, Q, D]."""
         keys, values = self._layer(layer_idx, k_TKD, v_TKD)
-        if self._prompts is None:
-            keys[self._slots_B, :, self._positions_B] = k_TKD.to(self._dtype)
-            values[self._slots_B, :, self._positions_B] = v_TKD.to(self._dtype)
-            return self._attend_step(q_TQD, keys, values, scaling)
-        for start, length, slots in self._prompts:
+        if isinstance(self._next, Step):
+            keys[self._next.slots_B, :, self._next.positions_B] = k_TKD.to(self._dtype)
+            values[self._next.slots_B, :, self._next.positions_B] = v_TKD.to(self._dtype)
+            return self._attend_step(q_TQD, keys, values, self._next.bias_B1U, scaling)
+        for start, length, slots in self._next:
             keys[slots, :, :length] = k_TKD[start : start + length].transpose(0, 1).to(self._dtype)
             values[slots, :, :length] = v_TKD[start : start + length].transpose(0, 1).to(self._dtype)
         return attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling)
@@ -76,14 +85,16 @@ class SlotCache:
                 for tensor in pair:
                     tensor[target] = tensor[source]
 
-    def _attend_step(self, q_BQD: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    def _attend_step(
+        self, q_BQD: Tensor, keys: Tensor, values: Tensor, bias_B1U: Tensor, scaling: float
+    ) -> Tensor:
         num_rows, query_heads, _ = q_BQD.shape
-        heads, used = keys.shape[1], self._bias_B1U.shape[-1]
+        heads, used = keys.shape[1], bias_B1U.shape[-1]
         k, v = (x[:num_rows, :, :used].flatten(0, 1) for x in (keys, values))  # views
         # Query heads that share a key-value head are the rows of one small matrix product.
         q = (q_BQD * scaling).to(self._dtype).reshape(num_rows * heads, query_heads // heads, -1)
         scores = torch.bmm(q, k.transpose(1, 2)).float().view(num_rows, query_heads, used)
-        weights = scores.add_(self._bias_B1U).softmax(-1).to(self._dtype)
+        weights = scores.add_(bias_B1U).softmax(-1).to(self._dtype)
         out = torch.bmm(weights.view(num_rows * heads, query_heads // heads, used), v)
         return out.view(num_rows, query_heads, -1).to(q_BQD.dtype)
 

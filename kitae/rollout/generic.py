@@ -8,6 +8,7 @@ reach the vocabulary head. Where the attention seam is off, the model's own cach
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kitae.config import SamplingSettings
 from kitae.errors import NonFiniteError
@@ -23,7 +24,7 @@ from kitae.models.policy import Policy
 from kitae.rollout.base import OnTokens, Request, as_rollout, check_lengths, make_requests
 from kitae.rollout.cache import Prompt, SlotCache
 from kitae.rollout.sampling import draw
-from kitae.rollout.scheduler import Scheduler
+from kitae.rollout.scheduler import Scheduler, round_up_rows
 from kitae.types import Packing, Problem, Rollout, Segment
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,14 @@ class GenericEngine:
         self.decode = decode
         self.max_rows = max_rows
         if policy.seams.attention:
-            log.info("rollouts: generic engine, %d rows at a time, packed through the attention seam", max_rows)
+            log.info(
+                "rollouts: generic engine, %d rows at a time, packed through the attention seam", max_rows
+            )
         else:
             log.info(
                 "rollouts: generic engine, one group at a time with the model's own cache (the attention seam is "
                 "off for %s)",
-                policy.config.model_type,
+                policy.causal_lm.config.model_type,
             )
 
     def sync(self) -> None:
@@ -67,7 +70,9 @@ class GenericEngine:
     ) -> list[list[Rollout]]:
         """See RolloutEngine."""
         limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return self.generate_up_to(limits, problems=problems, sampling=sampling, seed=seed, on_tokens=on_tokens)
+        return self.generate_up_to(
+            limits, problems=problems, sampling=sampling, seed=seed, on_tokens=on_tokens
+        )
 
     @torch.no_grad()
     def generate_up_to(
@@ -80,7 +85,7 @@ class GenericEngine:
         on_tokens: OnTokens | None = None,
     ) -> list[list[Rollout]]:
         """As generate, with a limit of its own per completion: limits[p][s] tokens for sample s of problem p."""
-        config = self.policy.config.get_text_config()
+        config = self.policy.causal_lm.config.get_text_config()
         check_lengths(problems, limits, context=getattr(config, "max_position_embeddings", None))
         groups = make_requests(problems, limits, sampling=sampling, seed=seed)
         run = self._run_packed if self.policy.seams.attention else self._run_plain
@@ -117,13 +122,15 @@ class GenericEngine:
             ids += prompt
             positions += range(len(prompt))
         padding = [0] * (-len(ids) % ROUND_TO)
-        packing = Packing(segments=[Segment(p.start, p.length) for p in prompts], num_tokens=len(ids) + len(padding))
+        packing = Packing(
+            segments=[Segment(p.start, p.length) for p in prompts], num_tokens=len(ids) + len(padding)
+        )
         cache.begin_prefill(prompts)
         hidden_TH = self.policy.hidden(
             self._tensor(ids + padding), self._tensor(positions + padding), packing, cache=cache
         )
-        last_N = [p.start + p.length - 1 for p in prompts for _ in p.slots]
-        self._sample(hidden_TH[self._tensor(last_N)], [r for group in groups for r in group], call)
+        last_tokens = [p.start + p.length - 1 for p in prompts for _ in p.slots]
+        self._sample(hidden_TH, last_tokens, [r for group in groups for r in group], call)
 
     def _step(self, scheduler: Scheduler, cache: SlotCache, call: _Call) -> None:
         """One more token of every running row. A slot without a row computes a token nobody reads."""
@@ -135,13 +142,18 @@ class GenericEngine:
         packing = Packing(segments=[Segment(i, 1) for i in range(width)], num_tokens=width)
         cache.begin_step(positions)
         hidden_BH = self.policy.hidden(self._tensor(ids), self._tensor(positions), packing, cache=cache)
-        slots = self._tensor([r.slot for r in scheduler.running])
-        self._sample(hidden_BH[slots], scheduler.running, call)
+        self._sample(hidden_BH, [r.slot for r in scheduler.running], scheduler.running, call)
 
-    def _sample(self, hidden_BH: Tensor, requests: Sequence[Request], call: _Call) -> None:
+    def _sample(
+        self, hidden_TH: Tensor, places: Sequence[int], requests: Sequence[Request], call: _Call
+    ) -> None:
+        """The next token of each request, whose last hidden state lies at the same index's place."""
         for first in range(0, len(requests), ROWS_PER_HEAD):
             rows = slice(first, first + ROWS_PER_HEAD)
-            self._draw(self.policy.logits(hidden_BH[rows]), requests[rows], call)
+            here = list(places[rows])
+            padding = [here[-1]] * (round_up_rows(len(here)) - len(here))
+            logits_BV = self.policy.logits(hidden_TH[self._tensor(here + padding)])
+            self._draw(logits_BV[: len(here)], requests[rows], call)
 
     def _draw(self, logits_BV: Tensor, requests: Sequence[Request], call: _Call) -> None:
         sampled = draw(
@@ -169,10 +181,11 @@ class GenericEngine:
 
     def _run_plain_rows(self, rows: Sequence[Request], call: _Call) -> None:
         ids_BT = self._tensor(call.problems[rows[0].problem_number].token_ids).expand(len(rows), -1)
-        past = None
+        name = _cache_name(self.policy.causal_lm)
+        cache = None
         while unfinished := [i for i, r in enumerate(rows) if r.finish_reason is None]:
-            out = self.policy.causal_lm(input_ids=ids_BT, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
+            out = self.policy.causal_lm(input_ids=ids_BT, use_cache=True, logits_to_keep=1, **{name: cache})
+            cache = out[name]
             self._draw(out.logits[unfinished, -1].float(), [rows[i] for i in unfinished], call)
             ids_BT = self._tensor([[r.token_ids[-1]] for r in rows])
 
@@ -186,6 +199,12 @@ class _Call(NamedTuple):
     problems: Sequence[Problem]
     sampling: SamplingSettings
     on_tokens: OnTokens | None
+
+
+def _cache_name(causal_lm: nn.Module) -> str:
+    """What this model and transformers version call the argument and output that hold the cache."""
+    parameters = inspect.signature(causal_lm.forward).parameters
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in parameters)
 
 
 @contextmanager

@@ -80,11 +80,12 @@ def draw(
             _penalize_(logits_BV[row], history, penalty=sampling.repetition_penalty)
     if sampling.temperature == 0:
         token_B = logits_BV.argmax(1)
-        return Draw(token_B.tolist(), _logprobs(logits_BV, token_B).tolist(), None)
+        logprobs_B = logits_BV.log_softmax(1).gather(1, token_B[:, None])[:, 0]
+        return Draw(token_B.tolist(), logprobs_B.tolist(), None)
     logits_BV.div_(sampling.temperature)
     is_truncated = truncate_(logits_BV, sampling)
-    token_B = inverse_cdf(logits_BV, torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device))
-    logprobs_B = _logprobs(logits_BV, token_B)
+    uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
+    token_B, logprobs_B = inverse_cdf(logits_BV, uniform_B)
     return Draw(token_B.tolist(), logprobs_B.tolist(), _kept_ids(logits_BV) if is_truncated else None)
 
 
@@ -104,20 +105,23 @@ def truncate_(logits_BV: Tensor, sampling: SamplingSettings) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
 
 
-def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulative softmax of each row first exceeds its uniform number."""
+def inverse_cdf(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the cumulative softmax of each row first exceeds its uniform number, and its log-prob."""
     num_rows, size = logits_BV.shape
     num_blocks = -(-size // BLOCK)
+    largest_B1 = logits_BV.amax(1, keepdim=True)
     weights = logits_BV.new_zeros(num_rows, num_blocks * BLOCK)
-    torch.sub(logits_BV, logits_BV.amax(1, keepdim=True), out=weights[:, :size]).exp_()
+    torch.sub(logits_BV, largest_B1, out=weights[:, :size]).exp_()
     weights = weights.view(num_rows, num_blocks, BLOCK)
     cumulative = weights.sum(2, dtype=torch.float64).cumsum(1)
-    target_B1 = uniform_B[:, None] * cumulative[:, -1:]
+    total_B1 = cumulative[:, -1:]
+    target_B1 = uniform_B[:, None] * total_B1
     block_B1 = _first_above(cumulative, target_B1)
     before_B1 = F.pad(cumulative, (1, 0)).gather(1, block_B1)
     inside = weights[torch.arange(num_rows, device=weights.device), block_B1[:, 0]].double().cumsum(1)
     token_B1 = block_B1 * BLOCK + _first_above(inside, target_B1 - before_B1)
-    return token_B1[:, 0]
+    logprob_B1 = (logits_BV.gather(1, token_B1) - largest_B1) - total_B1.log()
+    return token_B1[:, 0], logprob_B1[:, 0]
 
 
 def _first_above(cumulative: Tensor, target_B1: Tensor) -> Tensor:
@@ -158,9 +162,4 @@ def _drop_below_(logits_BV: Tensor, threshold_B1: Tensor) -> None:
 
 def _kept_ids(logits_BV: Tensor) -> list[list[int]]:
     kept_BV = logits_BV > -torch.inf
-    ids = kept_BV.nonzero()[:, 1]
-    return [row.tolist() for row in ids.split(kept_BV.sum(1).tolist())]
-
-
-def _logprobs(logits_BV: Tensor, token_B: Tensor) -> Tensor:
-    return logits_BV.gather(1, token_B[:, None])[:, 0] - logits_BV.logsumexp(1)
+    return [kept_V.nonzero()[:, 0].tolist() for kept_V in kept_BV]

@@ -17,13 +17,14 @@ class RolloutBuffer:
 
     def __init__(self, *, updates: int, epochs: int) -> None:
         self.updates, self.epochs = updates, epochs
-        self.position = updates * epochs
+        self.steps_per_round = updates * epochs
+        self.position = self.steps_per_round
         self.temperature = 1.0
         self.groups: list[list[Row]] = []
 
     @property
     def is_used_up(self) -> bool:
-        return self.position >= self.updates * self.epochs
+        return self.position >= self.steps_per_round
 
     def fill(self, groups: Sequence[Sequence[Row]], *, temperature: float) -> None:
         """Take a new round: the rows of each group, and the temperature they were sampled at."""

@@ -16,11 +16,22 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kitae.errors import ConfigError, LockedError, RunDirError
-from kitae.train.files import disk_errors, explain, free_bytes, human, read_json, write_all, write_json
+from kitae.train.files import (
+    disk_errors,
+    explain,
+    free_bytes,
+    human,
+    read_json,
+    sync_folder,
+    sync_tree,
+    write_all,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +153,43 @@ def clear(folder: Path) -> None:
     Files that are not ours stay. The lock stays too: it is held.
     """
     final = read_json(folder / "final.json") or {}
-    names = [*final.get("files", []), *(n for n in OURS if n not in ("run.json", "lock"))]
-    names += [path.name for path in folder.glob(".tmp-*")]
-    for name in [*names, "run.json"]:
+    remove(folder, [*final.get("files", []), *(name for name in OURS if name not in ("run.json", "lock"))])
+    remove(folder, [path.name for path in folder.glob(".tmp-*")])
+    remove(folder, ["run.json"])
+
+
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files and folders by name; those that are not there are passed over."""
+    for name in names:
         path = folder / Path(name).name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def publish(aside: Path, *, step: int, is_best: bool) -> None:
+    """Move the final model's files from `aside` to the top of the run directory around it.
+
+    final.json lists them before the first is moved: what it lists is ours to replace, whenever a kill strikes.
+    config.json goes last, so that nothing loads from there before all of it is there.
+    """
+    sync_tree(aside)
+    folder = aside.parent
+    names = sorted(os.listdir(aside), key=lambda name: (name == "config.json", name))
+    clashing = sorted(set(names) & {*OURS, *SUPERVISORS})
+    assert not clashing, f"the final model has files that belong to the run: {clashing}"
+    earlier = (read_json(folder / "final.json") or {}).get("files", [])
+    final = {"step": step, "source": "best" if is_best else "last"}
+    write_json(folder / "final.json", {**final, "files": sorted({*names, *earlier})})
+    remove(folder, set(earlier) - set(names))
+    for name in names:
+        if (aside / name).is_dir():
+            remove(folder, [name])
+        os.rename(aside / name, folder / name)
+    aside.rmdir()
+    sync_folder(folder)
+    write_json(folder / "final.json", {**final, "files": sorted(names)})
 
 
 def _require_free(folder: Path, checkpoint_bytes: int) -> None:

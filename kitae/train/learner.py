@@ -45,9 +45,11 @@ class Learner:
         self.world = world
         self.step = 0
         self.flat = FlatParameters(policy.named_trainable())
-        self.optimizer = make_optimizer(optim, [slot.master for slot in self.flat.slots])
+        self.optimizer = make_optimizer(
+            optim, [slot.master for slot in self.flat.slots], world=world if self.flat.is_sharded else World()
+        )
         self.loss_scale = LossScale() if policy.dtype == torch.float16 else None
-        self._passes = Passes(world)
+        self._passes = Passes(policy, world)
         self._has_gradient = False
         self._problem = ""
         self._skipped_in_a_row = 0

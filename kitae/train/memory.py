@@ -10,15 +10,18 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
 
+from kitae import backends
 from kitae.data.collate import collate
 from kitae.errors import PlanError
 from kitae.parallel.world import World
 from kitae.types import Batch
+
+if TYPE_CHECKING:
+    from kitae.models.policy import Policy
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,7 +30,8 @@ T = TypeVar("T")
 class Passes:
     """Runs forward passes, and remembers the smallest number of tokens that did not fit."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, policy: Policy, world: World) -> None:
+        self.policy = policy
         self.world = world
         self.too_many_tokens: float = math.inf
 
@@ -43,7 +47,9 @@ class Passes:
         `start_again` undoes what calls of `one` have left behind, a failed one included; random generators are set
         back as well.
         """
-        random_state = _random_state(self.world.device)
+        device = self.policy.device
+        backend = backends.of(device)
+        random_state = backend.rng_state(device)
         todo = [part for batch in batches for part in self._parts_that_fit(batch)]
         done: list[T] = []
         while len(done) < len(todo):
@@ -56,7 +62,9 @@ class Passes:
                     raise
                 self._refuse_if_hopeless(batch, error)
             # Here, and not in the handler: the error's traceback holds the tensors of the failed pass.
-            _free(self.world.device)
+            gc.collect()
+            if device.type != "cpu":
+                torch.accelerator.empty_cache()
             if math.isinf(self.too_many_tokens):
                 log.warning(
                     "out of memory in a forward pass of %s; passes of that size are halved from now on. The result "
@@ -66,7 +74,7 @@ class Passes:
             self.too_many_tokens = batch.packing.num_tokens
             todo[len(done) : len(done) + 1] = split_batch(batch)
             done.clear()
-            _set_random_state(random_state, self.world.device)
+            backend.set_rng_state(random_state, device)
             if start_again is not None:
                 start_again()
         return done
@@ -85,11 +93,21 @@ class Passes:
                 "(train.per_device_train_batch_size, rollout.rows_per_forward)"
             ) from error
         if len(batch.rows) < 2:
+            needed = activation_bytes(self.policy, num_tokens=batch.packing.num_tokens)
+            free, _ = backends.of(self.policy.device).memory(self.policy.device)
             raise PlanError(
-                f"out of memory in a forward pass of {_size(batch)}, which cannot be cut further ({reason}). Lower "
+                f"out of memory in a forward pass of {_size(batch)}, which cannot be cut further ({reason}). Its "
+                f"activations take about {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; lower "
                 "data.max_length or rollout.max_new_tokens, set model.gradient_checkpointing = true, or train "
                 "fewer weights (lora.rank)"
             ) from error
+
+
+def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
+    """About what a pass over num_tokens keeps for its backward: arXiv:2205.05198, eq. 2 without attention scores."""
+    config = policy.config.get_text_config()
+    bytes_in_16_bits = 34.0 * num_tokens * config.hidden_size * config.num_hidden_layers
+    return bytes_in_16_bits * policy.dtype.itemsize / 2
 
 
 def split_batch(batch: Batch) -> list[Batch]:
@@ -103,23 +121,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or in the CPU's allocators."""
     told = ("DefaultCPUAllocator", "std::bad_alloc")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), on_device
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.get_device_module(device).set_rng_state(state[1], device)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
 
 
 def _size(batch: Batch) -> str:

@@ -11,6 +11,8 @@ from torch import nn
 
 from kitae.config import OptimSettings
 from kitae.errors import MissingExtraError
+from kitae.parallel.world import World
+from kitae.train.adafactor import Adafactor
 
 
 def learning_rate(settings: OptimSettings, *, step: int, total_steps: int) -> float:
@@ -31,27 +33,27 @@ def learning_rate(settings: OptimSettings, *, step: int, total_steps: int) -> fl
     return settings.learning_rate * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * shape)
 
 
-def make_optimizer(settings: OptimSettings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer named in the settings; weight decay falls on matrices only."""
+def make_optimizer(
+    settings: OptimSettings, parameters: Sequence[nn.Parameter], *, world: World
+) -> torch.optim.Optimizer:
+    """The optimizer named in the settings; weight decay falls on matrices only.
+
+    `world` is the ranks the parameters are sharded over by rows: World() for whole parameters.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = (settings.beta1, settings.beta2)
+    rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
     if settings.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon, fused=True
-        )
-    if settings.name == "adamw_8bit":
-        made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
-            groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon
-        )
-        return made
-    from transformers.optimization import Adafactor
-
-    # Absolute steps of the settings' own learning rate, as the transformers Trainer uses it.
-    return Adafactor(groups, lr=settings.learning_rate, scale_parameter=False, relative_step=False)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=settings.epsilon, fused=True)
+    if settings.name == "adafactor":
+        return Adafactor(groups, lr=rate, world=world)
+    made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(
+        groups, lr=rate, betas=betas, eps=settings.epsilon
+    )
+    return made
 
 
 class LossScale:

@@ -8,22 +8,17 @@
             run.log(step, metrics)
         run.finish(save)                                    # the final model, at the top of the directory
 
-What happens after the body of a step, in this order: metrics, evaluation, line, checkpoint, stop.
+After the body of a step come, in this order: evaluation, metrics line, checkpoint, stop.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import shutil
 import signal
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -32,25 +27,24 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-import kitae
 from kitae import errors
 from kitae.config import EvalSettings, LogSettings, SaveSettings
 from kitae.errors import CheckpointError, ConfigError, KitaeError, RunDirError, StoppedError
 from kitae.parallel.world import World
 from kitae.train import checkpoint, folder
-from kitae.train.files import JsonLines, disk_errors, read_json, sync_folder, sync_tree, write_json
+from kitae.train.best import Best
+from kitae.train.files import disk_errors, read_json
+from kitae.train.identity import differences, identity, machine
 from kitae.train.logs import FILE_ONLY, RunLog
-from kitae.train.metrics import Metrics, Window, open_metrics, require_writers
+from kitae.train.metrics import Window, require_writers
 from kitae.train.progress import ProgressView, duration, summary
-from kitae.train.resources import ResourceMonitor
-from kitae.train.stop import SIGNALS, StopSignals
+from kitae.train.record import Record
+from kitae.train.stop import SIGNALS, StopSignals, exit_code
 
 logger = logging.getLogger(__name__)
 
-UNCOMPARED = ("output_dir", "resume", "overwrite", "allow_inexact", "save", "log", "eval")
-"""Settings that may differ on resume: they change where and what is written, not the numbers."""
-PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
 STATUS_INTERVAL_S = 1.0
+Evaluate = Callable[[], dict[str, float]]
 
 
 class Part(Protocol):
@@ -60,43 +54,6 @@ class Part(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-class Best:
-    """The best evaluation so far, and how many came after it."""
-
-    def __init__(self, *, metric: str, mode: str) -> None:
-        self.metric = metric
-        if mode == "auto":
-            mode = "max" if metric.endswith(("accuracy", "reward", "format_rate")) else "min"
-        self._sign = 1.0 if mode == "max" else -1.0
-        self.value: float | None = None
-        self.step = 0
-        self.evaluations_since = 0
-
-    def see(self, step: int, results: Mapping[str, float]) -> bool:
-        """Whether this evaluation is the best; NaN never is."""
-        value = results[self.metric]
-        is_better = self.value is None or self._sign * (value - self.value) > 0
-        if is_better and not math.isnan(value):
-            self.value, self.step, self.evaluations_since = value, step, 0
-            return True
-        self.evaluations_since += 1
-        return False
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "metric": self.metric,
-            "value": self.value,
-            "step": self.step,
-            "evaluations_since": self.evaluations_since,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on comparing; values of another metric than now mean nothing and are forgotten."""
-        if state["metric"] == self.metric:
-            self.value, self.step = state["value"], state["step"]
-            self.evaluations_since = state["evaluations_since"]
-
-
 class Run:
     """One run in one directory; made by Run.open, used as a context manager. Every rank has one, rank 0 writes."""
 
@@ -104,7 +61,7 @@ class Run:
         self,
         output_dir: Path,
         *,
-        config: Mapping[str, Any],
+        settings: Mapping[str, Any],
         recipe: str,
         world: World,
         save: SaveSettings,
@@ -113,45 +70,35 @@ class Run:
         patience: int,
         resume: bool,
         allow_inexact: bool,
-        lock: folder.Lock | None,
     ) -> None:
-        """Not for callers: Run.open has checked and locked the directory."""
+        """Only what Run.open was given; nothing is touched yet."""
         self.output_dir = output_dir
         self.world = world
         self.step = 0
+        """The last step that is complete."""
         self.total = 0
-        self._config, self._recipe = config, recipe
+        self.is_finished = False
+        """Resumed, but the run was complete: steps() yields nothing and finish() does nothing."""
+        self._settings, self._recipe = settings, recipe
         self._save, self._evaluation, self._log = save, evaluation, log
         self._patience, self._resume, self._allow_inexact = patience, resume, allow_inexact
-        self._lock = lock
         self._parts: dict[str, Part] = {}
         self._facts: dict[str, Any] = {}
+        self._best = Best(save)
         self._window, self._current = Window(), dict[str, float]()
-        self._best = Best(metric=save.metric, mode=save.metric_mode)
-        self._inexact: list[str] = []
+        self._owes_evaluation = (
+            False  # a signal came when the last step's evaluation was due; resume makes up for it
+        )
+        self._first_step = 0
         self._last_checkpoint: int | None = None
-        self._elapsed_s, self._started = 0.0, time.monotonic()
-        self._status_due = 0.0
+        self._elapsed_s, self._started, self._status_due = 0.0, time.monotonic(), 0.0
         self._state = "starting"
+        self._lock: folder.Lock | None = None
+        self._record: Record | None = None
         self._progress: ProgressView | None = None
-        self._metrics: Metrics | None = None
-        self._resources: ResourceMonitor | None = None
-        self._events: JsonLines | None = None
-        self._samples: JsonLines | None = None
-        self._inexact_before: list[str] = []
-
-        before = (read_json(output_dir / "status.json") or {}) if world.is_main else None
-        before = world.broadcast_json(before)
-        self.is_finished: bool = resume and not allow_inexact and before.get("state") == "finished"
-        """Resumed, but the run is complete: there is nothing to do. steps() and finish() then do nothing."""
-        self._checkpoint_before: int | None = before.get("checkpoint") if resume else None
-
+        self._logs: RunLog | None = None
         self._console = Console(stderr=True, quiet=not world.is_main)
-        self._logs = RunLog(output_dir if world.is_main else None, level=log.level, console=self._console)
         self._signals = StopSignals(says=world.is_main, at_once=self._leave_at_once)
-        self._signals.install()
-        if world.is_main:
-            self._open_files(before)
 
     # ------------------------------------------------------------------------------------------ opening
 
@@ -176,102 +123,85 @@ class Run:
 
         `config` is the resolved settings as JSON values (config.as_json); they go to run.json and are compared on
         resume. `checkpoint_bytes` is the estimated size of one checkpoint: a disk with less than 2.2 times that is
-        refused at once; without it the disk is checked before the first step. The same error is raised on all ranks.
+        refused at once; without it the disk is checked before the first step. Every rank raises the same error.
         """
-        world = world or World()
-        log = log or LogSettings()
-        path = Path(os.path.abspath(os.path.expanduser(output_dir)))
-        require_writers(log)
-        lock, problem = None, None
-        if world.is_main:
-            model = config.get("model")
-            try:
-                lock = folder.claim(
-                    path,
-                    resume=resume,
-                    overwrite=overwrite,
-                    checkpoint_bytes=checkpoint_bytes,
-                    model=model.get("name_or_path") if isinstance(model, Mapping) else None,
-                )
-            except KitaeError as error:
-                problem = [type(error).__name__, str(error)]
-        problem = world.broadcast_json(problem)
-        if problem is not None:
-            name, text = problem
-            raise getattr(errors, name)(text)
-        return cls(
-            path,
-            config=config,
+        run = cls(
+            Path(os.path.abspath(os.path.expanduser(output_dir))),
+            settings=config,
             recipe=recipe,
-            world=world,
+            world=world or World(),
             save=save or SaveSettings(),
             evaluation=evaluation or EvalSettings(),
-            log=log,
+            log=log or LogSettings(),
             patience=early_stopping_patience,
             resume=resume,
             allow_inexact=allow_inexact,
-            lock=lock,
         )
+        try:
+            run._start(overwrite=overwrite, checkpoint_bytes=checkpoint_bytes)
+        except BaseException as error:
+            run.__exit__(type(error), error, error.__traceback__)
+            raise
+        return run
 
-    def _open_files(self, before: Mapping[str, Any]) -> None:
-        where = self.output_dir
-        described = read_json(where / "run.json") or {}
-        self._run_id = described.get("run_id") or uuid.uuid4().hex[:12]
-        self._inexact_before = list(described.get("inexact", [])) if self._resume else []
-        self._name = self._log.run_name or where.name
-        self._started_at = described.get("started") if self._resume else None
-        self._started_at = self._started_at or round(time.time(), 3)
-        self._events = JsonLines(where / "events.jsonl")
-        self._samples = JsonLines(where / "samples.jsonl")
+    def _start(self, *, overwrite: bool, checkpoint_bytes: int) -> None:
+        self._signals.install()
+        before: dict[str, Any] = {}
+        failure: KitaeError | None = None
+        if self.world.is_main:
+            try:
+                before = self._claim(overwrite=overwrite, checkpoint_bytes=checkpoint_bytes)
+            except KitaeError as error:
+                failure = error
+        problem = None if failure is None else [type(failure).__name__, str(failure)]
+        before, problem = self.world.broadcast_json([before, problem])
+        if failure is not None:
+            raise failure
+        if problem is not None:
+            raise getattr(errors, problem[0])(problem[1])
+        self.is_finished = self._is_complete(before)
         if self.is_finished:
-            self.step = self.total = int(before.get("step", 0))
-            return
-        with disk_errors(where):
-            (where / "exit.json").unlink(missing_ok=True)
-            self._describe()
-        self._metrics = open_metrics(
-            where, settings=self._log, name=self._name, run_id=self._run_id, config=dict(self._config)
-        )
-        self._resources = ResourceMonitor(where / "resources.jsonl")
-        folder.leave_pointer(where, recipe=self._recipe)
-        self.event("resumed" if self._resume else "started", pid=os.getpid(), host=socket.gethostname())
+            self.step = self.total = int(before["step"])
+        if self._resume:
+            self._last_checkpoint = before.get("checkpoint")
+        if self._logs is None:
+            self._logs = RunLog(None, level=self._log.level, console=self._console)
+        self.event("resumed" if self._resume else "started")
         self._write_status("starting")
 
-    def _describe(self) -> None:
-        """run.json: what this run is, with the settings it finally used."""
-        write_json(
-            self.output_dir / "run.json",
-            {
-                "kitae_version": kitae.__version__,
-                "run_id": self._run_id,
-                "name": self._name,
-                "recipe": self._recipe,
-                "started": self._started_at,
-                "settings": dict(self._config),
-                "facts": self._facts,
-                "machine": self._machine(),
-                "versions": _versions(),
-                "inexact": self._inexact_before + self._inexact,
-            },
+    def _claim(self, *, overwrite: bool, checkpoint_bytes: int) -> dict[str, Any]:
+        """Rank 0: take the directory and open the files in it. Returns the status of the run that is resumed."""
+        require_writers(self._log)
+        model = self._settings.get("model")
+        self._lock = folder.claim(
+            self.output_dir,
+            resume=self._resume,
+            overwrite=overwrite,
+            checkpoint_bytes=checkpoint_bytes,
+            model=model.get("name_or_path") if isinstance(model, Mapping) else None,
         )
+        before = (read_json(self.output_dir / "status.json") or {}) if self._resume else {}
+        self._logs = RunLog(self.output_dir, level=self._log.level, console=self._console)
+        if not self._is_complete(before):
+            self._record = Record(
+                self.output_dir,
+                settings=self._settings,
+                recipe=self._recipe,
+                log=self._log,
+                resume=self._resume,
+            )
+            folder.leave_pointer(self.output_dir, recipe=self._recipe)
+        return before
 
-    def _machine(self) -> dict[str, Any]:
-        """What the bits of a result depend on besides settings and data."""
-        device = self.world.device
-        kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
-        return {
-            "world_size": self.world.world_size,
-            "threads": torch.get_num_threads(),
-            "device": kind,
-            "torch": torch.__version__,
-        }
+    def _is_complete(self, before: Mapping[str, Any]) -> bool:
+        """A finished run has nothing to resume, unless its settings may change (more steps, say)."""
+        return not self._allow_inexact and before.get("state") == "finished"
 
     def identify(self, **facts: str | int | float | None) -> None:
         """Facts that must be equal when the run is resumed, such as data_hash and the template's fingerprint."""
         self._facts |= facts
-        if self.world.is_main and not self.is_finished:
-            with disk_errors(self.output_dir):
-                self._describe()
+        if self._record is not None:
+            self._record.describe(machine=machine(self.world), facts=self._facts)
 
     def track(self, name: str, part: Part) -> None:
         """Make `part` belong to the run's checkpoints. All parts are tracked before steps() begins."""
@@ -281,7 +211,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ stepping
 
-    def steps(self, total: int, *, evaluate: Callable[[], dict[str, float]] | None = None) -> Iterator[int]:
+    def steps(self, total: int, *, evaluate: Evaluate | None = None) -> Iterator[int]:
         """The numbers of the steps to take, from 1 (or behind the checkpoint) to `total`.
 
         Between two of them the run evaluates, saves, and stops on a signal (StoppedError) or by early stopping.
@@ -289,7 +219,7 @@ class Run:
         """
         if self._save.final == "best" and evaluate is None:
             raise ConfigError(
-                "save.final is best, but the run has no evaluation data; give data.eval, or final = last"
+                "save.final is best, but the run has no evaluation data; set data.eval, or save.final last"
             )
         if self._patience and (evaluate is None or not self._evaluation.steps):
             raise ConfigError(
@@ -298,60 +228,58 @@ class Run:
             )
         return self._steps(total, evaluate)
 
-    def _steps(self, total: int, evaluate: Callable[[], dict[str, float]] | None) -> Iterator[int]:
+    def _steps(self, total: int, evaluate: Evaluate | None) -> Iterator[int]:
         if self.is_finished:
-            logger.info("already finished at step %d: nothing to do in %s", self.step, self.output_dir)
+            logger.warning("already finished at step %d: nothing to do in %s", self.step, self.output_dir)
             return
         self.total = total
         is_resumed = self._restore()
-        checkpoint.require_space(self.output_dir, self._snapshot(0), world=self.world)
+        checkpoint.require_space(self.output_dir, self._snapshot(), world=self.world)
         if self.world.is_main:
             title = self._recipe or "train"
-            self._progress = ProgressView(total=total, title=title, done=self.step, console=self._console)
+            self._progress = ProgressView(total=total, done=self.step, title=title, console=self._console)
+        if self._record is not None:
+            self._record.describe(machine=machine(self.world), facts=self._facts)
         self._write_status("running")
         self._signals.is_deferring = True
         self._started = time.monotonic()
-        if not is_resumed and self._evaluation.at_start and evaluate is not None:
-            self._end_of_step(0, evaluate)
+        if self._owes_evaluation or (not is_resumed and self._evaluation.at_start):
+            self._end_of_step(evaluate)
         while self.step < total and not self._is_patience_over():
-            step = self.step + 1
             began = time.monotonic()
-            yield step
+            yield self.step + 1
             self._current.setdefault("time/step_s", time.monotonic() - began)
-            self.step = step
-            self._end_of_step(step, evaluate)
+            self.step += 1
+            self._end_of_step(evaluate)
         self._close_progress()
 
-    def _end_of_step(self, step: int, evaluate: Callable[[], dict[str, float]] | None) -> None:
-        is_last = step == self.total
-        self._window.add(self._current)
-        shown, self._current = self._current, {}
-
+    def _end_of_step(self, evaluate: Evaluate | None) -> None:
+        step, shown, self._current = self.step, self._current, {}
+        self._window.add(shown)
         results: dict[str, float] = {}
-        if evaluate is not None and (step == 0 or is_last or _is_due(step, self._evaluation.steps)):
+        is_best = False
+        if evaluate is not None and (step in (0, self.total) or _is_due(step, self._evaluation.steps)):
+            self._owes_evaluation = True
+            self._stop_if_asked()
             results = self.world.broadcast_json(evaluate())
+            self._owes_evaluation = False
             self._window.add(results)
-        is_best = bool(results) and self._judge(step, results)
-        is_last = is_last or self._is_patience_over()
+            is_best = self._judge(results)
+
+        is_last = step == self.total or self._is_patience_over()
         if results or is_last or _is_due(step, self._log.steps):
             line = self._window.take()
-            if self._metrics is not None:
-                self._metrics.write(step, line)
+            if self._record is not None:
+                self._record.metrics.write(step, line)
             logger.info("step %d/%d  %s", step, self.total, summary(line), extra=FILE_ONLY)
-        self._show(step, shown | results)
+        self._show(shown | results)
 
-        stop = self._agreed_signal()
-        is_pinned = is_best and self._save.final == "best"
-        if is_pinned or is_last or stop is not None or (step and _is_due(step, self._save.steps)):
-            self._save_checkpoint(step)
-        if stop is not None and not is_last:
-            raise StoppedError(
-                f"stopped by {stop.name} after step {step} of {self.total}; everything is saved in {self.output_dir}; "
-                "to go on, run the same command with --resume",
-                signal_number=stop,
-            )
+        if is_last or (is_best and self._save.final == "best") or (step and _is_due(step, self._save.steps)):
+            self._save_checkpoint()
+        if not is_last:
+            self._stop_if_asked()
 
-    def _judge(self, step: int, results: Mapping[str, float]) -> bool:
+    def _judge(self, results: Mapping[str, float]) -> bool:
         """Compare an evaluation with the best so far. A metric nobody reports is only an error if it is needed."""
         metric = self._best.metric
         if metric not in results:
@@ -360,28 +288,37 @@ class Run:
                     f"save.metric is {metric}, which evaluation does not report; use one of {', '.join(results)}"
                 )
             return False
-        is_best = self._best.see(step, results)
+        is_best = self._best.see(self.step, results)
         if is_best:
-            self.event("best", step=step, metric=metric, value=results[metric])
+            self.event("best", metric=metric, value=results[metric])
         return is_best
 
     def _is_patience_over(self) -> bool:
         return bool(self._patience) and self._best.evaluations_since >= self._patience
 
-    def _agreed_signal(self) -> signal.Signals | None:
-        """The signal any rank received, the same on all ranks; None if there was none."""
+    def _stop_if_asked(self) -> None:
+        """Save and leave if any rank received a signal; all ranks decide alike."""
         flags = torch.zeros(len(SIGNALS), device=self.world.device)
         if self._signals.received is not None:
             flags[SIGNALS.index(signal.Signals(self._signals.received))] = 1
         flags = self.world.sum(flags)
-        return SIGNALS[int(flags.argmax())] if flags.any() else None
+        if not flags.any():
+            return
+        number = SIGNALS[int(flags.argmax())]
+        if self._last_checkpoint != self.step or self._owes_evaluation:
+            self._save_checkpoint()
+        raise StoppedError(
+            f"stopped by {number.name} after step {self.step} of {self.total}; all of it is saved in {self.output_dir}; "
+            "to go on, run the same command with --resume",
+            signal_number=number,
+        )
 
-    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
-        done_here = step - self._first_step
+    def _show(self, metrics: Mapping[str, float]) -> None:
+        done_here = self.step - self._first_step
         spent = time.monotonic() - self._started
-        left = spent / done_here * (self.total - step) if done_here > 0 else None
+        left = spent / done_here * (self.total - self.step) if done_here > 0 else None
         if self._progress is not None:
-            self._progress.update(step, metrics, left_s=left)
+            self._progress.update(self.step, metrics, left_s=left)
         if time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + STATUS_INTERVAL_S
             self._write_status("running", eta_s=left)
@@ -396,37 +333,28 @@ class Run:
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Append records such as completions with their rewards to samples.jsonl; called on all ranks together."""
         gathered = self.world.gather_json([dict(record) for record in records])
-        if self._samples is not None:
-            self._samples.append(*({"step": step, **record} for part in gathered for record in part))
+        if self._record is not None:
+            self._record.samples({"step": step, **record} for part in gathered for record in part)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line to events.jsonl: what happened, at which step, and when. Fields are JSON values."""
-        if self._events is not None:
-            self._events.append({"time": round(time.time(), 3), "event": kind, "step": self.step, **fields})
+        if self._record is not None:
+            self._record.event(kind, step=self.step, **fields)
 
     def _write_status(self, state: str, *, eta_s: float | None = None) -> None:
         self._state = state
-        if not self.world.is_main:
+        if self._record is None:
             return
         best = {"metric": self._best.metric, "value": self._best.value, "step": self._best.step}
-        with disk_errors(self.output_dir):
-            write_json(
-                self.output_dir / "status.json",
-                {
-                    "state": state,
-                    "step": self.step,
-                    "total": self.total,
-                    "eta_s": None if eta_s is None else round(eta_s, 1),
-                    "elapsed_s": round(self._elapsed(), 1),
-                    "updated": round(time.time(), 3),
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                    "checkpoint": self._last_checkpoint,
-                    "best": best if self._best.value is not None else None,
-                    "inexact": bool(self._inexact_before or self._inexact),
-                },
-                is_durable=state not in ("starting", "running"),
-            )
+        self._record.status(
+            state,
+            step=self.step,
+            total=self.total,
+            eta_s=None if eta_s is None else round(eta_s, 1),
+            elapsed_s=round(self._elapsed(), 1),
+            checkpoint=self._last_checkpoint,
+            best=best if self._best.value is not None else None,
+        )
 
     def _elapsed(self) -> float:
         """Seconds of training, earlier lives of this run included."""
@@ -439,46 +367,42 @@ class Run:
         return self.output_dir / "checkpoints"
 
     def _identity(self) -> dict[str, Any]:
-        settings = {name: value for name, value in self._config.items() if name not in UNCOMPARED}
-        return {"settings": settings, "machine": self._machine(), "facts": self._facts}
+        return identity(settings=self._settings, facts=self._facts, world=self.world)
 
-    def _snapshot(self, step: int) -> checkpoint.State:
+    def _snapshot(self) -> checkpoint.State:
         """Everything the run goes on from: the parts, the random generators, and what this class counts."""
         return {
             "parts": {name: part.state() for name, part in self._parts.items()},
             "random": checkpoint.random_state(self.world.device),
             "run": {
-                "step": step,
                 "best": self._best.state(),
                 "window": self._window.state(),
+                "owes_evaluation": self._owes_evaluation,
                 "elapsed_s": self._elapsed(),
-                "metrics_bytes": self._metrics.sync() if self._metrics is not None else 0,
-                "samples_bytes": self._samples.sync() if self._samples is not None else 0,
+                "sizes": self._record.sync() if self._record is not None else {},
             },
         }
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _save_checkpoint(self) -> None:
         began = time.monotonic()
         path = checkpoint.save(
             self._checkpoints,
-            step=step,
-            state=self._snapshot(step),
+            step=self.step,
+            state=self._snapshot(),
             identity=self._identity(),
             world=self.world,
         )
-        self._last_checkpoint = step
-        if not self.world.is_main:
-            return
+        self._last_checkpoint = self.step
         self._write_status(self._state)
-        self.event("checkpoint", step=step, seconds=round(time.monotonic() - began, 3))
+        self.event("checkpoint", seconds=round(time.monotonic() - began, 3))
         logger.info("checkpoint %s", path, extra=FILE_ONLY)
-        pinned = [self._best.step] if self._save.final == "best" and self._best.value is not None else []
-        with disk_errors(self._checkpoints):
-            checkpoint.prune(self._checkpoints, keep=self._save.keep, pinned=pinned)
+        if self.world.is_main:
+            pinned = [self._best.step] if self._save.final == "best" and self._best.value is not None else []
+            with disk_errors(self._checkpoints):
+                checkpoint.prune(self._checkpoints, keep=self._save.keep, pinned=pinned)
 
     def _restore(self) -> bool:
         """Go on from the newest whole checkpoint; False where there is none to go on from."""
-        self._first_step = 0
         if not self._resume:
             return False
         if self.world.is_main:
@@ -493,32 +417,29 @@ class Run:
         self._compare(loaded)
         self._load_parts(loaded)
         counted = loaded.state["run"]
-        self.step = self._first_step = self._last_checkpoint = loaded.step
         self._best.load_state(counted["best"])
         self._window.load_state(counted["window"])
+        self._owes_evaluation = counted["owes_evaluation"]
         self._elapsed_s = counted["elapsed_s"]
         checkpoint.restore_random_state(loaded.state["random"], device=self.world.device)
-        if self.world.is_main:
+        self.step = self._first_step = self._last_checkpoint = loaded.step
+        if self._record is not None:
             with disk_errors(self._checkpoints):
                 checkpoint.set_aside(self._checkpoints, newer_than=loaded.step)
-            self._cut(loaded.step, metrics=counted["metrics_bytes"], samples=counted["samples_bytes"])
+            self._record.cut(loaded.step, counted["sizes"])
         self.event("restored", checkpoint=loaded.path.name, skipped=skipped)
         logger.info("resumed at step %d of %d from %s", loaded.step, self.total, loaded.path)
         return True
 
     def _start_over(self) -> None:
-        if self._checkpoint_before is not None:
+        if self._last_checkpoint is not None:
             raise CheckpointError(
-                f"status.json says that step {self._checkpoint_before} was saved, but {self._checkpoints} holds no "
+                f"status.json says that step {self._last_checkpoint} was saved, but {self._checkpoints} holds no "
                 "checkpoint; restore one from a backup, or start anew with --overwrite"
             )
         logger.warning("nothing was saved in %s yet: starting from the beginning", self.output_dir)
-        self._cut(0, metrics=0, samples=0)
-
-    def _cut(self, step: int, *, metrics: int, samples: int) -> None:
-        if self._metrics is not None and self._samples is not None:
-            self._metrics.resume(step, size=metrics)
-            self._samples.cut(samples)
+        if self._record is not None:
+            self._record.cut(0, {"metrics": 0, "samples": 0})
 
     def _load_parts(self, loaded: checkpoint.Loaded) -> None:
         saved = loaded.state["parts"]
@@ -536,22 +457,22 @@ class Run:
         if not differing:
             return
         text = "; ".join(differing)
-        if loaded.identity["machine"]["world_size"] != self.world.world_size:
+        ranks = loaded.identity["machine"]["world_size"]
+        if ranks != self.world.world_size:
             raise CheckpointError(
-                f"{loaded.path} was written by {loaded.identity['machine']['world_size']} processes and can only be "
-                f"resumed by as many, not {self.world.world_size} (differing: {text})"
+                f"{loaded.path} was written by {ranks} processes, one file each, and can only be resumed by as many, "
+                f"not by {self.world.world_size} (then -> now: {text})"
             )
         if not self._allow_inexact:
             raise CheckpointError(
-                f"{loaded.path} belongs to another run than this one (then -> now): {text}; undo these changes, "
+                f"{loaded.path} belongs to another run than this one (then -> now: {text}); undo these changes, "
                 "or add --allow_inexact to go on all the same (the run is then marked)"
             )
-        self._inexact = [f"step {loaded.step}: {line}" for line in differing]
-        logger.warning("resuming inexactly at step %d: %s", loaded.step, text)
-        self.event("inexact", differing=differing)
-        if self.world.is_main:
-            with disk_errors(self.output_dir):
-                self._describe()
+        logger.warning("resuming inexactly at step %d (then -> now: %s)", loaded.step, text)
+        self.event("inexact", checkpoint=loaded.path.name, differing=differing)
+        if self._record is not None:
+            reasons = [f"step {loaded.step}: {line}" for line in differing]
+            self._record.describe(machine=machine(self.world), facts=self._facts, inexact=reasons)
 
     # ------------------------------------------------------------------------------------------ ending
 
@@ -564,7 +485,8 @@ class Run:
         if self.is_finished:
             return
         self._signals.is_deferring = True
-        if self._save.final == "best":
+        is_best = self._save.final == "best" and self._best.value is not None
+        if is_best and self._best.step != self.step:
             self._load_best()
         aside = self.output_dir / ".tmp-final"
         with disk_errors(self.output_dir):
@@ -578,38 +500,15 @@ class Run:
                 raise RunDirError(f"the final model could not be written to {aside}: {error}") from error
             self.world.barrier()
             if self.world.is_main:
-                self._move_up(aside)
+                folder.publish(aside, step=self._best.step if is_best else self.step, is_best=is_best)
         self._write_status("finished")
-        self.event("finished", source=self._save.final, seconds=round(self._elapsed(), 1))
+        self.event("finished", is_best=is_best, seconds=round(self._elapsed(), 1))
         logger.info("finished after %s: the model is in %s", duration(self._elapsed()), self.output_dir)
 
     def _load_best(self) -> None:
-        if self._best.value is None or self._best.step == self.step:
-            return
         path = self._checkpoints / checkpoint.name_of(self._best.step)
         self._load_parts(checkpoint.read(path, rank=self.world.rank))
         logger.info("the final model is that of step %d, the best by %s", self._best.step, self._best.metric)
-
-    def _move_up(self, aside: Path) -> None:
-        sync_tree(aside)
-        names = sorted(os.listdir(aside), key=lambda name: (name == "config.json", name))  # config.json last
-        clashing = sorted(set(names) & set(folder.OURS))
-        assert not clashing, f"the final model has files that belong to the run: {clashing}"
-        final = self.output_dir / "final.json"
-        earlier = (read_json(final) or {}).get("files", [])
-        step = self._best.step if self._save.final == "best" else self.step
-        write_json(final, {"step": step, "source": self._save.final, "files": sorted({*names, *earlier})})
-        for name in {*names, *earlier}:
-            target = self.output_dir / Path(name).name
-            if target.is_dir():
-                shutil.rmtree(target)
-            elif name not in names:
-                target.unlink(missing_ok=True)
-        for name in names:
-            os.rename(aside / name, self.output_dir / name)
-        aside.rmdir()
-        sync_folder(self.output_dir)
-        write_json(final, {"step": step, "source": self._save.final, "files": sorted(names)})
 
     def __enter__(self) -> Self:
         return self
@@ -618,44 +517,42 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Say in exit.json, status.json and train.log how the run ended, and give everything back."""
+        self._close_progress()
         try:
-            self._close_progress()
-            if not self.is_finished:
-                self._record_end(error)
-        except RunDirError as problem:  # the disk is full: the run's own error is worth more than this one
+            if self._record is not None:
+                self._record_end(self._record, error)
+        except RunDirError as problem:  # a full disk, say: the run's own error is worth more than this one
             logger.error("how the run ended could not be recorded: %s", problem)
         finally:
-            for thing in (self._resources, self._metrics, self._events, self._samples):
-                if thing is not None:
-                    thing.close()
+            for line in self._record.close() if self._record is not None else ():
+                logger.error("%s", line)
+            self._record = None
             self._signals.restore()
-            self._logs.close()
+            if self._logs is not None:
+                self._logs.close()
             if self._lock is not None:
                 self._lock.release()
 
-    def _record_end(self, error: BaseException | None) -> None:
-        code, reason = exit_code(error), "finished" if self._state == "finished" else "ended"
-        if error is not None:
+    def _record_end(self, record: Record, error: BaseException | None) -> None:
+        if error is None:
+            state, reason = (
+                ("finished", "finished") if self._state == "finished" else ("ended", "ended unfinished")
+            )
+        else:
+            state = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
             reason = f"{type(error).__name__}: {error}"
             logger.error("%s", reason, exc_info=error, extra=FILE_ONLY)
-            self._write_status("stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed")
-            self.event(self._state, code=code, reason=reason)
-        elif self._state != "finished":
-            self._write_status("ended")
-        self._write_exit(code, reason)
-
-    def _write_exit(self, code: int, reason: str) -> None:
-        if self.world.is_main:
-            path = self.output_dir / "exit.json"
-            with disk_errors(path):
-                write_json(
-                    path, {"code": code, "reason": reason, "step": self.step, "time": round(time.time(), 3)}
-                )
+        if self._state != "finished":
+            self._write_status(state)
+            self.event(state, code=exit_code(error), reason=reason)
+        record.exit(exit_code(error), reason, step=self.step)
 
     def _leave_at_once(self, code: int) -> None:
         """Called by the second stop signal, just before the process leaves."""
+        if self._record is None:
+            return
         try:
-            self._write_exit(code, "stopped at once by a second signal")
+            self._record.exit(code, "stopped at once by a second signal", step=self.step)
         except RunDirError as problem:
             os.write(2, f"{problem}\n".encode())
 
@@ -667,48 +564,3 @@ class Run:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def exit_code(error: BaseException | None) -> int:
-    """The process exit code an error stands for."""
-    if error is None:
-        return 0
-    if isinstance(error, KitaeError):
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 1
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Fields in which two identities differ: ["settings.train.seed 1 -> 2", ...]."""
-    before, after = _flat(json.loads(json.dumps(then))), _flat(json.loads(json.dumps(now)))
-    names = sorted(before.keys() | after.keys())
-    absent = "(absent)"
-    return [
-        f"{name.removeprefix('settings.')} {before.get(name, absent)} -> {after.get(name, absent)}"
-        for name in names
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, item in value.items()
-        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-    }
-
-
-def _versions() -> dict[str, str | None]:
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {package: installed(package) for package in PACKAGES}

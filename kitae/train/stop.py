@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-from kitae.errors import StoppedError
+from kitae.errors import KitaeError, StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -57,3 +57,16 @@ class StopSignals:
         """Straight to the terminal: a handler may strike inside print or logging, which are not reentrant."""
         if self._says:
             os.write(2, f"\n{text}".encode())
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The process exit code an error stands for; None is success."""
+    if error is None:
+        return 0
+    if isinstance(error, KitaeError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 1

@@ -86,7 +86,10 @@ def test_a_shared_prompt_is_laid_once():
 def test_streams_and_kept_ids_follow_their_tokens():
     rows = [
         Row(
-            token_ids=[5, 6, 7], loss_mask=[False, True, True], streams={"x": [0.0, 1.0, 2.0]}, kept_ids=[[], [6], [7, 8]]
+            token_ids=[5, 6, 7],
+            loss_mask=[False, True, True],
+            streams={"x": [0.0, 1.0, 2.0]},
+            kept_ids=[[], [6], [7, 8]],
         ),
         Row(token_ids=[5, 9], loss_mask=[False, True], streams={"x": [0.0, 3.0]}, kept_ids=[[], [9, 1]]),
     ]
@@ -97,7 +100,11 @@ def test_streams_and_kept_ids_follow_their_tokens():
 
 
 def test_with_stream_puts_numbers_back_on_their_rows():
-    rows = [make_row([1, 2, 3, 4], 2, stream=1.0), make_row([1, 2, 5], 2, stream=2.0), make_row([7, 8], 1, stream=3.0)]
+    rows = [
+        make_row([1, 2, 3, 4], 2, stream=1.0),
+        make_row([1, 2, 5], 2, stream=2.0),
+        make_row([7, 8], 1, stream=3.0),
+    ]
     batches = collate(rows, rows_per_forward=2)
     values = [b.targets_N.float() * 10 for b in batches]
     scored = with_stream(rows, "ref_logprobs", batches, values)

@@ -1,0 +1,126 @@
+"""Will it fit? Bytes a model needs, from its configuration alone, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kitae.config import LoraSettings
+from kitae.errors import PlanError
+from kitae.models.lora import Targets, find_targets, unquantized
+
+GIB = 2**30
+NF4_BYTES = 0.5 + 1 / 64 + 1 / 256
+"""Bytes per weight in NF4: 4 bits, a scale of 8 bits per 64 weights, and the scale's own scales."""
+TRAINING_BYTES = 16
+"""Per trained weight beyond the computed copy: float32 master, gradient, and AdamW's two moments."""
+RESERVE = 0.05
+"""Share of the machine's memory left to activations, logits and everything else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a model needs on one device, activations aside."""
+
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    training_bytes: int
+    """Masters, gradients and optimizer moments of what trains."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.training_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a model would be loaded."""
+
+    dtype: torch.dtype
+    lora_rank: int = 0
+    target_modules: list[str] | str = "all-linear"
+    nf4: bool = False
+    trainable: bool = True
+
+
+def build_on_meta(config: Any) -> Any:
+    """The model of a configuration with shapes and without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def estimate(meta_model: Any, plan: Plan) -> Estimate:
+    """Bytes of a model built on the meta device under a plan."""
+    sizes = {name: p.numel() for name, p in meta_model.named_parameters()}
+    total, element = sum(sizes.values()), plan.dtype.itemsize
+    packed = 0
+    if plan.nf4:
+        kept = set(unquantized(meta_model))
+        linears = find_targets(meta_model, "all-linear").linears
+        packed = sum(sizes[f"{name}.weight"] for name in linears if name not in kept)
+    weights = packed * NF4_BYTES + (total - packed) * element
+    trained = total if plan.trainable and not plan.lora_rank else 0
+    if plan.trainable and plan.lora_rank:
+        targets = find_targets(meta_model, plan.target_modules)
+        trained = adapter_size(meta_model, targets, plan.lora_rank)
+        weights += trained * element
+    # In float32 the trained weights are the masters themselves.
+    training = trained * (TRAINING_BYTES - (4 if plan.dtype == torch.float32 else 0))
+    return Estimate(parameters=total, trainable=trained, weight_bytes=int(weights), training_bytes=training)
+
+
+def adapter_size(causal_lm: Any, targets: Targets, rank: int) -> int:
+    """Parameters of adapters of that rank: rank x (in + out) each, for every expert anew."""
+    size = 0
+    for name in targets.linears:
+        linear: nn.Linear = causal_lm.get_submodule(name)
+        size += rank * (linear.in_features + linear.out_features)
+    for name in targets.fused:
+        num_experts, out_size, in_size = causal_lm.get_parameter(name).shape
+        size += num_experts * rank * (in_size + out_size)
+    return size
+
+
+def require_fit(meta_model: Any, plan: Plan, *, name: str, free: int, total: int) -> Estimate:
+    """Refuse a model that cannot fit into `free` bytes, with the numbers and the cheapest change that would fit."""
+    need = estimate(meta_model, plan)
+    room = free - int(RESERVE * total)
+    if need.total_bytes <= room:
+        return need
+    changes = [
+        (text, estimate(meta_model, changed).total_bytes)
+        for text, changed in _cheaper(plan)
+    ]
+    fitting = next((f"{text} needs {_gib(size)}" for text, size in changes if size <= room), None)
+    advice = fitting or "take a smaller model or a machine with more memory"
+    raise PlanError(
+        f"{name} needs {_gib(need.total_bytes)} before activations ({need.parameters:,} parameters: weights "
+        f"{_gib(need.weight_bytes)}, training {need.trainable:,} of them {_gib(need.training_bytes)}), but "
+        f"{_gib(max(room, 0))} of {_gib(total)} are free; {advice}"
+    )
+
+
+def _cheaper(plan: Plan) -> list[tuple[str, Plan]]:
+    """Changes of the settings that take less memory, the least change first."""
+    options: list[tuple[str, Plan]] = []
+    if plan.trainable and not plan.lora_rank:
+        plan = replace(plan, lora_rank=LoraSettings().rank or 16)
+        options.append((f"lora.rank = {plan.lora_rank}", plan))
+    if plan.dtype == torch.float32:
+        plan = replace(plan, dtype=torch.bfloat16)
+        text = " with ".join([*(t for t, _ in options[-1:]), "model.dtype = bfloat16"])
+        options.append((text, plan))
+    if not plan.nf4 and (plan.lora_rank or not plan.trainable):
+        text = " with ".join([*(t for t, _ in options[-1:]), "model.quantization = nf4"])
+        options.append((text, replace(plan, nf4=True)))
+    return options
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,99 @@
+"""One run from resolved settings to the final model: the frame around a recipe's `train`.
+
+settings -> ranks -> run directory -> tokenizer, template -> recipe: data, model, loop -> final model
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from kitae import backends
+from kitae.config import Section, as_json
+from kitae.data.chat import Template
+from kitae.data.instructions import form_instruction
+from kitae.data.sources import open_dataset
+from kitae.models.load import load_tokenizer
+from kitae.parallel.world import World, start_world
+from kitae.recipes._setup import Setup
+from kitae.train.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def run_recipe(name: str, settings: Section, *, notes: Sequence[str] = ()) -> Path:
+    """Run the recipe and return its output directory, the final model at its top.
+
+    `notes` are things to tell the user once, such as flags without effect here. Every rank calls this.
+    """
+    # Any: the settings class belongs to the recipe; the sections read here are in every one of them.
+    cfg: Any = settings
+    recipe = importlib.import_module(f"kitae.recipes.{name}")
+    torch.set_num_threads(cfg.train.num_threads or len(os.sched_getaffinity(0)))
+    backend = backends.pick(cfg.model.device)
+    world = start_world(
+        device=cfg.model.device if backend.name != "cpu" else "cpu", communication=backend.process_group
+    )
+    try:
+        with Run.open(
+            cfg.output_dir,
+            config=as_json(settings),
+            recipe=name,
+            world=world,
+            save=cfg.save,
+            evaluation=cfg.eval,
+            log=cfg.log,
+            early_stopping_patience=cfg.train.early_stopping_patience,
+            resume=cfg.resume,
+            overwrite=cfg.overwrite,
+            allow_inexact=cfg.allow_inexact,
+        ) as run:
+            for note in notes:
+                log.warning("%s", note)
+            if run.is_finished:
+                log.info("%s is finished already; nothing to do", run.output_dir)
+                return run.output_dir
+            _train(recipe, cfg, run=run, world=world)
+            return run.output_dir
+    finally:
+        world.close()
+
+
+def _train(recipe: ModuleType, cfg: Any, *, run: Run, world: World) -> None:
+    seed_everything(cfg.train.seed)
+    model = cfg.model.model_copy(update={"device": str(world.device)})
+    template = Template.load(
+        load_tokenizer(model), data=cfg.data, default_system_prompt=default_system_prompt(cfg)
+    )
+    run.identify(template=template.fingerprint)
+    setup = Setup(cfg, world=world, run=run, template=template)
+    try:
+        recipe.train(cfg, setup)
+        run.finish(setup.save_final)
+    finally:
+        setup.close()
+
+
+def default_system_prompt(cfg: Any) -> str | None:
+    """The form instruction, for recipes whose reward looks at the form; in the language of the data."""
+    reward = getattr(cfg, "reward", None)
+    if reward is None or reward.function != "reasoning" or cfg.data.system_prompt is not None:
+        return None
+    sample = open_dataset(cfg.data.train[:1], data=cfg.data, purpose="rl", max_rows=200)
+    return form_instruction((example.question[-1]["content"] for example in sample), form=reward.form)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that dropout and new weights draw from; data order and sampling have their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,438 @@
+"""The one alias table: flags of other programs, and what each means here.
+
+Four vocabularies: Hugging Face's (with TRL's), two programs of Colossal-AI for each recipe, and the consumer-GPU
+notebook's. Where two programs give one flag different meanings, the recipe or the companions of the flag decide:
+`-g` is gradient checkpointing for `sft` (lora_finetune.py) and generations for `grpo` (rl_example.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kitae.settings.draft import as_bool
+
+Effect = Literal["maps", "together", "warns", "limited"]
+Convert = Callable[[Any], Any]
+
+HF, NOTEBOOK = "Hugging Face", "notebook"
+LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
+SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
+
+
+class Unset:
+    """What a conversion returns when the other program means "not given" (`--max_steps -1`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """One flag of another program, in all its spellings."""
+
+    flags: tuple[str, ...]
+    source: str
+    recipes: tuple[str, ...]
+    effect: Effect
+    to: str = ""
+    """maps: our setting. together: the setting or settings it decides with its companions. Else empty."""
+    note: str = ""
+    """What a reader of the table should know; for warns and limited, the reason that is shown."""
+    convert: Convert | None = None
+    is_switch: bool = False
+    """Takes no value, or true or false."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As words.Flag.name has them: without the dashes of a long flag."""
+        return tuple(f[2:].replace("-", "_") if f.startswith("--") else f for f in self.flags)
+
+    @property
+    def key(self) -> str:
+        """The name rules know it by: its first long spelling."""
+        return next((n for n in self.names if not n.startswith("-")), self.names[0])
+
+
+def for_recipe(recipe: str) -> dict[str, Alias]:
+    """Every alias of a recipe by name; an earlier table of TABLES wins."""
+    found: dict[str, Alias] = {}
+    for alias in TABLE:
+        if recipe in alias.recipes:
+            for name in alias.names:
+                found.setdefault(name, alias)
+    return found
+
+
+# conversions: each takes what was given and returns what our setting takes, or raises ValueError -------------------
+
+
+def switch(value: Any) -> bool:
+    return as_bool(value, "it")
+
+
+def choice(words: Mapping[str, Any]) -> Convert:
+    """One of the other program's words."""
+
+    def convert(value: Any) -> Any:
+        word = str(value).lower()
+        if word not in words:
+            raise ValueError(f"choose one of {', '.join(words)}")
+        return words[word]
+
+    return convert
+
+
+def unless(*unset: str) -> Convert:
+    """The value itself, but for words by which the other program means "not given"."""
+    return lambda value: Unset() if str(value).lower() in unset else value
+
+
+def separated(value: Any) -> Any:
+    """A list also written as one word with commas, as `q_proj,v_proj`."""
+    if isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def paths_of(value: Any) -> list[str]:
+    """Paths as a list, from a path, a list, or a mapping name -> path (a dict, or JSON text)."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        return [str(path) for path in value.values()]
+    return list(value) if isinstance(value, list | tuple) else [str(value)]
+
+
+def checkpointing(value: Any) -> bool:
+    return True if value == "unsloth" else switch(value)
+
+
+DTYPES = {
+    "auto": "auto", "none": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16", "torch.float16": "float16",
+    "float32": "float32", "fp32": "float32", "float": "float32", "torch.float32": "float32",
+}  # fmt: skip
+OPTIMIZERS = {
+    "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
+    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit",
+    "adafactor": "adafactor",
+}  # fmt: skip
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+LOG_LEVELS = {
+    "debug": "debug", "info": "info", "passive": "info", "warning": "warning", "error": "warning", "critical": "warning"
+}  # fmt: skip
+METRICS = {
+    "loss": "eval/loss", "eval_loss": "eval/loss", "eval_perplexity": "eval/perplexity", "perplexity": "eval/perplexity",
+    "eval_accuracy": "eval/accuracy", "accuracy": "eval/accuracy", "eval_reward": "eval/reward", "reward": "eval/reward",
+}  # fmt: skip
+AVERAGES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
+REWARDS = {
+    "math_competition_reward_fn": "reasoning", "gsm8k_reward_fn": "reasoning", "reasoning": "reasoning"
+}  # fmt: skip
+
+
+def metric(value: Any) -> str:
+    return METRICS.get(str(value), str(value))
+
+
+def reward(value: Any) -> str:
+    """Colossal-AI's two reward functions are our `reasoning`; anything else is a name of ours or the user's own."""
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    if len(given) != 1:
+        raise ValueError("name one reward function; add several up in one of your own (file.py:function)")
+    return REWARDS.get(str(given[0]), str(given[0]))
+
+
+# how a table is written --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Makes the entries of one vocabulary. `flags` lists all spellings of one flag with blanks between."""
+
+    source: str
+    recipes: tuple[str, ...]
+
+    def maps(
+        self, flags: str, to: str, convert: Convert | None = None, *, note: str = "", is_switch: bool = False
+    ) -> Alias:
+        return self._make(flags, "maps", to=to, convert=convert, note=note, is_switch=is_switch)
+
+    def together(self, flags: str, to: str, note: str, *, is_switch: bool = False) -> Alias:
+        """Its meaning depends on other flags or on the machine: see kitae/settings/rules.py."""
+        return self._make(flags, "together", to=to, note=note, is_switch=is_switch)
+
+    def warns(self, flags: str, reason: str, *, is_switch: bool = False) -> Iterable[Alias]:
+        """Flags without effect here, for one reason."""
+        return [self._make(flag, "warns", note=reason, is_switch=is_switch) for flag in flags.split()]
+
+    def limited(self, flags: str, what: str, *, is_switch: bool = False) -> Alias:
+        """Only 1 (or false) can be had; more is refused."""
+        return self._make(flags, "limited", note=what, is_switch=is_switch)
+
+    def _make(self, flags: str, effect: Effect, **rest: Any) -> Alias:
+        return Alias(
+            flags=tuple(flags.split()), source=self.source, recipes=self.recipes, effect=effect, **rest
+        )
+
+
+def _hugging_face() -> list[Alias]:
+    a = _Writer(HF, BOTH)
+    return [
+        a.maps("--model_name_or_path", "model.name_or_path"),
+        a.maps("--tokenizer_name --tokenizer_name_or_path", "model.tokenizer"),
+        a.maps("--model_revision", "model.revision"),
+        a.maps("--torch_dtype --dtype", "model.dtype", choice(DTYPES)),
+        a.maps("--load_in_4bit", "model.quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True),
+        a.limited("--load_in_8bit", "8-bit base weights", is_switch=True),
+        a.maps("--gradient_checkpointing", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("--torch_compile", "model.torch_compile", switch, is_switch=True),
+        a.maps("--dataset_name --train_file", "data.train", paths_of),
+        a.maps("--validation_file --eval_file", "data.eval", paths_of),
+        a.maps("--dataset_train_split --split", "data.split"),
+        a.maps("--dataset_test_split", "data.eval_split"),
+        a.maps("--max_train_samples", "data.max_rows"),
+        a.maps("--max_eval_samples", "eval.max_rows"),
+        a.maps("--chat_template_path", "data.template"),
+        a.maps("--overwrite_output_dir", "overwrite", switch, is_switch=True),
+        a.together("--resume_from_checkpoint", "resume", "true, or a folder inside the output directory"),
+        a.maps("--max_steps", "train.max_steps", unless("-1")),
+        a.maps("--per_device_eval_batch_size", "eval.batch_size"),
+        a.maps("--optim", "optim.name", choice(OPTIMIZERS)),
+        a.maps("--adam_beta1", "optim.beta1"),
+        a.maps("--adam_beta2", "optim.beta2"),
+        a.maps("--adam_epsilon", "optim.epsilon"),
+        a.maps("--lr_scheduler_type", "optim.lr_scheduler", choice(SCHEDULES)),
+        a.together("--bf16", "model.dtype", "bfloat16 where the device is fast in it, else a warning", is_switch=True),
+        a.together("--fp16", "model.dtype", "float16 where the device is fast in it, else a warning", is_switch=True),
+        a.together("--use_peft", "lora.rank", "rank 16 and alpha 32 where none are given", is_switch=True),
+        a.maps("--lora_r --lora_rank", "lora.rank"),
+        a.maps("--lora_alpha", "lora.alpha"),
+        a.maps("--lora_dropout", "lora.dropout"),
+        a.maps("--lora_target_modules", "lora.target_modules", separated),
+        a.maps("--use_rslora", "lora.use_rslora", switch, is_switch=True),
+        a.together("--logging_steps", "log.steps", "also how often to evaluate where eval_steps is missing"),
+        a.maps("--logging_dir", "log.tensorboard_dir"),
+        a.maps("--log_level", "log.level", choice(LOG_LEVELS)),
+        a.maps("--run_name", "log.run_name"),
+        a.together("--report_to", "log.report_to", "tensorboard, wandb, all or none"),
+        a.together("--save_strategy", "save.steps", "steps, best or no; epoch is refused"),
+        a.together("--save_steps", "save.steps", "every so many optimizer steps"),
+        a.maps("--save_total_limit", "save.keep"),
+        a.maps("--load_best_model_at_end", "save.final", lambda v: "best" if switch(v) else "last", is_switch=True),
+        a.maps("--metric_for_best_model", "save.metric", metric),
+        a.maps("--greater_is_better", "save.metric_mode", lambda v: "max" if switch(v) else "min", is_switch=True),
+        a.together("--evaluation_strategy --eval_strategy", "eval.steps", "steps or no; epoch is refused"),
+        a.together("--do_eval", "eval.steps", "as --eval_strategy steps", is_switch=True),
+        a.together("--eval_steps", "eval.steps", "every so many optimizer steps"),
+        a.maps("--eval_on_start", "eval.at_start", switch, is_switch=True),
+        *a.warns(
+            "--dataloader_num_workers --dataloader_prefetch_factor",
+            "rows are rendered once and kept on disk, no loader processes are needed",
+        ),
+        *a.warns(
+            "--dataloader_pin_memory --dataloader_drop_last --remove_unused_columns --group_by_length",
+            "rows are packed end to end and none is dropped",
+            is_switch=True,
+        ),
+        *a.warns("--packing --padding_free", "rows are always packed", is_switch=True),
+        *a.warns(
+            "--completion_only_loss --assistant_only_loss", "assistant turns are always the only target", is_switch=True
+        ),
+        *a.warns("--tf32", "kitae leaves float32 matrix products at full precision", is_switch=True),
+        *a.warns("--attn_implementation --gradient_checkpointing_kwargs", "kitae has one way of its own"),
+        *a.warns("--use_liger_kernel", "kitae has a chunked head of its own", is_switch=True),
+        *a.warns(
+            "--deepspeed --fsdp --fsdp_config --ddp_backend --ddp_find_unused_parameters --ddp_timeout",
+            "ranks shard by FSDP2 by themselves",
+        ),
+        *a.warns("--local_rank --local-rank", "ranks are told by torchrun or kitae launch"),
+        *a.warns(
+            "--do_train --disable_tqdm --logging_first_step --log_completions --include_tokens_per_second",
+            "kitae always does what suits it",
+            is_switch=True,
+        ),
+        *a.warns("--logging_strategy", "logging goes by steps"),
+        *a.warns("--push_to_hub --auto_find_batch_size --use_vllm", "kitae has nothing like it", is_switch=True),
+        *a.warns("--hub_model_id --hub_token --neftune_noise_alpha --label_smoothing_factor", "kitae has nothing like it"),
+        *a.warns("--bnb_4bit_quant_type --bnb_4bit_compute_dtype", "4-bit weights are nf4, computed in model.dtype"),
+        *a.warns("--use_bnb_nested_quant", "4-bit scales are stored as they are", is_switch=True),
+    ]
+
+
+def _hugging_face_sft() -> list[Alias]:
+    a = _Writer(HF, SFT)
+    return [a.maps("--max_seq_length --max_seq_len --model_max_length", "data.max_length")]
+
+
+def _hugging_face_grpo() -> list[Alias]:
+    a = _Writer(HF, GRPO)
+    batch = "rollout.prompts_per_round, rollout.rows_per_forward"
+    return [
+        a.together(
+            "--per_device_train_batch_size", batch,
+            "completions: x accumulation x ranks / num_generations (must divide) x updates_per_round = prompts per round; "
+            "rows per forward where logits_forward_batch_size is missing",
+        ),
+        a.together("--gradient_accumulation_steps", batch, "see per_device_train_batch_size"),
+        a.maps("--max_completion_length", "rollout.max_new_tokens"),
+        a.maps("--temperature", "rollout.initial_temperature"),
+        a.maps("--num_iterations", "rollout.epochs_per_round"),
+        a.maps("--steps_per_generation", "rollout.updates_per_round"),
+        a.maps("--logits_forward_batch_size", "rollout.rows_per_forward"),
+        a.maps("--mask_truncated_completions", "rollout.mask_truncated", switch, is_switch=True),
+        a.maps("--beta", "grpo.kl_coef"),
+        a.together("--epsilon", "grpo.clip_low, grpo.clip_high", "both sides, unless epsilon_high is given"),
+        a.together("--epsilon_high", "grpo.clip_high", "the upper side"),
+        a.maps("--loss_type", "grpo.average", choice(AVERAGES)),
+        a.maps(
+            "--scale_rewards", "grpo.scale_by_std",
+            choice({"true": True, "group": True, "false": False, "none": False}), is_switch=False,
+        ),
+        a.maps("--reward_funcs --reward_functions", "reward.function", reward),
+        *a.warns("--max_seq_length", "GRPO has max_prompt_length and max_completion_length"),
+    ]  # fmt: skip
+
+
+def _lora_finetune() -> list[Alias]:
+    a = _Writer(LORA_FINETUNE, SFT)
+    return [
+        a.maps("-m --pretrained", "model.name_or_path"),
+        a.maps("-d --dataset", "data.train", paths_of),
+        a.together("-p --plugin", "", "zero2, moe, ddp …: ranks shard by FSDP2, nothing to choose; offload is not there"),
+        a.maps("--save_dir", "output_dir"),
+        a.maps("--tensorboard_dir", "log.tensorboard_dir"),
+        a.maps("-n --num_epochs", "train.num_train_epochs"),
+        a.maps("--accumulation_steps", "train.gradient_accumulation_steps"),
+        a.maps("--batch_size", "train.per_device_train_batch_size"),
+        a.maps("--lr", "optim.learning_rate"),
+        a.maps("--grad_clip", "optim.max_grad_norm"),
+        a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
+        a.maps("-g --use_grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        *a.warns("--config_file", "the settings of a run are written to run.json in its folder"),
+        *a.warns("-f --use_flash_attn", "packed attention is always on", is_switch=True),
+        *a.warns("--microbatch_size", "it cuts a pipeline's batch, and there is no pipeline"),
+        *_colossal_parallel(a),
+    ]
+
+
+def _train_grpo() -> list[Alias]:
+    a = _Writer(TRAIN_GRPO, GRPO)
+    counts = "prompts_per_round, updates_per_round, epochs_per_round (rollout), train.max_steps"
+    return [
+        a.maps("--pretrain", "model.name_or_path"),
+        a.maps("--tokenizer_dir", "model.tokenizer"),
+        a.maps("--prompt_dataset", "data.train", paths_of),
+        a.maps("--conversation_template_config", "data.template"),
+        a.together("--plugin", "", "as for sft"),
+        a.together(
+            "-e --num_episodes", counts,
+            "train_grpo.py: rounds. rl_example.py: passes over the data (train.num_train_epochs)",
+        ),
+        a.together("--num_collect_steps", counts, "sampling steps of a round (2)"),
+        a.together("--num_update_steps", counts, "passes over a round: rollout.epochs_per_round (5)"),
+        a.together("--experience_batch_size", counts, "prompts of one sampling step and rank (16)"),
+        a.together(
+            "-tbs --train_batch_size", counts,
+            "train_grpo.py: completions per forward (16). rl_example.py: prompts per update and rank",
+        ),
+        a.together("--accumulation_steps", counts, "forwards per optimizer step (8)"),
+        a.maps("--lr -lr", "optim.learning_rate"),
+        a.maps("--grad_clip", "optim.max_grad_norm"),
+        a.maps("--max_length", "rollout.max_new_tokens", note="longest completion; train_grpo.py counts the prompt in"),
+        a.maps("--max_seq_len", "rollout.max_prompt_length"),
+        a.maps("--save_path", "output_dir"),
+        a.maps("--log_dir", "log.tensorboard_dir"),
+        a.together("--use_wandb", "log.report_to", "adds wandb", is_switch=True),
+        a.maps("-si --save_interval", "save.steps"),
+        a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
+        a.maps("--grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        *a.warns("--use_flash_attn", "packed attention is always on", is_switch=True),
+        *a.warns("--disable_loss_mask", "only completions are ever in the loss", is_switch=True),
+        *a.warns("--max_tokens_thinking", "max_new_tokens limits thinking and answer together"),
+        *a.warns("--ptx_dataset --ptx_batch_size --ptx_coef", "there is no pretraining term"),
+        *a.warns("--rm_pretrain --rm_checkpoint_path", "rewards are rules, not models"),
+        *a.warns("--checkpoint_path --lora_config", "use --resume, and --lora_rank with its companions"),
+        *_colossal_parallel(a),
+    ]  # fmt: skip
+
+
+def _rl_example() -> list[Alias]:
+    a = _Writer(RL_EXAMPLE, GRPO)
+    return [
+        a.maps("-m --model", "model.name_or_path"),
+        a.maps("-d --dataset", "data.train", paths_of),
+        a.maps("-ed --eval_dataset", "data.eval", paths_of, note="a path, or JSON name -> path"),
+        a.maps("-p --project", "log.wandb_project"),
+        a.maps("-g", "rollout.num_generations"),
+        a.together(
+            "-ibs --inference_batch_size", "rollout.inference_batch_size",
+            "completions sampled at once; no effect beside flags of rl_example.py, whose rounds are sized by -tbs",
+        ),
+        a.together(
+            "-imbs --inference_microbatch_size", "rollout.inference_batch_size", "x num_generations: -imbs counts prompts"
+        ),
+        a.together("-tMbs --train_minibatch_size", "rollout.updates_per_round", "-tbs / -tMbs updates a round"),
+        a.together("-tmbs --train_microbatch_size", "rollout.rows_per_forward", "completions per forward"),
+        a.maps("-temp", "rollout.initial_temperature"),
+        a.maps("-topk", "rollout.top_k", unless("none", "-1")),
+        a.maps("-topp", "rollout.top_p"),
+        a.maps("-s", "data.system_prompt"),
+        a.maps("-mnt", "rollout.max_new_tokens"),
+        a.maps("-mpt --max_prompt_tokens", "rollout.max_prompt_length"),
+        a.together("-a --algo", "grpo.*", "GRPO, or DAPO: clip 0.2/0.28, token average, truncated masked, no KL term"),
+        a.maps("-kl --kl_coeff", "grpo.kl_coef"),
+        a.maps(
+            "-rt --reward_type", "reward.form", choice({"think_answer_tags": "answer_tags", "boxed": "boxed"}),
+            note="code is not there yet",
+        ),
+        a.together("-ei --eval_interval", "eval.steps", "-1 is never"),
+        a.maps("-sd --save_dir", "output_dir"),
+        *a.warns("-esd --eval_save_dir -rsd --rollout_save_dir", "they are written to samples.jsonl in the run's folder"),
+        *a.warns(
+            "-t --num_trainers -i --num_inferencer -nb --n_behind --ray_dir --master_address --master_port -b --backend",
+            "every rank samples and trains in turn; start ranks with kitae launch",
+        ),
+        *a.warns("-zero --zero", "ranks shard by FSDP2 by themselves"),
+        *a.warns("-cp", "use --resume"),
+        *a.warns("-cv --code_verifier_api_url", "there is no code reward yet"),
+        *a.warns("--enable_profiling", "kitae has nothing like it", is_switch=True),
+        a.limited("-tp", "tensor parallelism"),
+        a.limited("-pp", "pipeline parallelism"),
+        a.limited("-ptp --producer_tensor_parallel_size", "tensor parallelism"),
+    ]  # fmt: skip
+
+
+def _colossal_parallel(a: _Writer) -> list[Alias]:
+    return [
+        a.limited("--tp", "tensor parallelism"),
+        a.limited("--pp", "pipeline parallelism"),
+        a.limited("--sp", "sequence parallelism"),
+        a.limited("--ep", "expert parallelism"),
+        a.limited("--zero_cpu_offload", "CPU offload", is_switch=True),
+        a.limited("--hostfile", "starting ranks on several machines"),
+        *a.warns("--zero_stage --sp_mode", "ranks shard by FSDP2 by themselves"),
+        *a.warns("--enable_sequence_parallelism", "ranks shard by FSDP2 by themselves", is_switch=True),
+    ]
+
+
+def _notebook() -> list[Alias]:
+    a = _Writer(NOTEBOOK, BOTH)
+    return [
+        a.maps("--model_name", "model.name_or_path"),
+        a.together("--data_files", "data.train, data.eval", 'a path, or {"train": …, "test": …}'),
+        a.maps("--train_dataset", "data.train", paths_of),
+        a.maps("--eval_dataset", "data.eval", paths_of),
+        a.maps("--r", "lora.rank"),
+        a.maps("--target_modules", "lora.target_modules", separated),
+        a.maps("--bias", "lora.bias"),
+        a.maps("--use_gradient_checkpointing", "model.gradient_checkpointing", checkpointing, note='also "unsloth"'),
+        a.maps("--random_state", "lora.init_seed"),
+        *a.warns("--loftq_config", "adapters start from zero"),
+        *a.warns("--use_exact_model_name", "names are always exact", is_switch=True),
+    ]
+
+
+TABLE: list[Alias] = [
+    *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_grpo(), *_rl_example(), *_notebook()
+]  # fmt: skip

@@ -1,0 +1,290 @@
+"""Flags of other programs that mean something only together: batch arithmetic, evaluation, precision, reporting.
+
+Each rule looks at draft.together, and puts our settings. Meanings are those of docs/flags.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kitae.errors import ConfigError
+from kitae.settings.aliases import paths_of
+from kitae.settings.draft import Draft, Given, Origin, as_bool, as_int
+
+_RL_EXAMPLE = ("inference_microbatch_size", "train_minibatch_size", "train_microbatch_size", "algo")
+_TRAIN_GRPO = ("num_collect_steps", "num_update_steps", "experience_batch_size")
+
+
+def apply(draft: Draft) -> None:
+    """Run every rule; each does nothing where its flags are absent."""
+    for rule in (
+        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation,
+    ):  # fmt: skip
+        rule(draft)
+    if draft.recipe == "grpo":
+        for rule in (_sampled_at_once, _epsilon, _algo, _hugging_face_batch, _colossal_batch, _ray_batch):
+            rule(draft)
+
+
+def _at(*given: Given) -> Origin:
+    """The origin of a value derived from several flags."""
+    where = " with ".join(dict.fromkeys(g.origin.where for g in given))
+    return Origin(where=where, rank=max(g.origin.rank for g in given), is_foreign=True)
+
+
+def _taken(draft: Draft, *names: str) -> list[Given]:
+    return [draft.together[name] for name in names if name in draft.together]
+
+
+def _resume(draft: Draft) -> None:
+    for given in _taken(draft, "resume_from_checkpoint"):
+        if str(given.value).lower() in ("true", "false", "none"):
+            draft.put("resume", str(given.value).lower() == "true", given.origin)
+            continue
+        output, checkpoint = Path(str(draft.value("output_dir"))), Path(str(given.value))
+        if output.resolve() not in (checkpoint.resolve(), *checkpoint.resolve().parents):
+            raise ConfigError(
+                f"{given.origin.where} is {checkpoint}, which is not inside output_dir {output}; kitae resumes in "
+                f"place: give --output_dir and --resume, or start from it with --model_name_or_path {checkpoint}"
+            )
+        draft.put("resume", True, given.origin)
+        if checkpoint.resolve() != output.resolve():
+            draft.warn(f"{given.origin.where}: the newest complete checkpoint in {output} is taken")
+
+
+def _data_files(draft: Draft) -> None:
+    for given in _taken(draft, "data_files"):
+        if not isinstance(given.value, Mapping):
+            draft.put("data.train", paths_of(given.value), given.origin)
+            continue
+        known = {"train": "data.train", "test": "data.eval", "validation": "data.eval", "eval": "data.eval"}
+        for split, paths in given.value.items():
+            if split not in known:
+                raise ConfigError(f"{given.origin.where} has {split!r}; it takes {', '.join(known)}")
+            draft.put(known[split], paths_of(paths), given.origin)
+
+
+def _precision(draft: Draft) -> None:
+    wishes: list[tuple[str, str]] = []
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        for given in _taken(draft, name):
+            if as_bool(given.value, given.origin.where):
+                wishes.append((given.origin.where, dtype))
+    for given in _taken(draft, "mixed_precision"):
+        words = {"bf16": "bfloat16", "fp16": "float16"}
+        if given.value in words:
+            wishes.append((given.origin.where, words[given.value]))
+        elif given.value != "no":
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of bf16, fp16, no")
+    if len({dtype for _, dtype in wishes}) > 1:
+        raise ConfigError(f"{' and '.join(flag for flag, _ in wishes)} contradict each other; keep one of them")
+    if wishes and draft.has("model.dtype") and draft.value("model.dtype") not in ("auto", wishes[0][1]):
+        where = draft.values["model.dtype"].origin.where
+        raise ConfigError(f"{wishes[0][0]} and {where} {draft.value('model.dtype')} contradict each other")
+    draft.dtype_wish = wishes[0] if wishes else None
+
+
+def _plugin(draft: Draft) -> None:
+    for given in _taken(draft, "plugin"):
+        known = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d", "ddp", "moe")
+        if given.value not in known:
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(known)}")
+        what = "CPU offload is not there yet, and ranks" if given.value == "zero2_cpu" else "ranks"
+        draft.warn(f"{given.origin.where} {given.value} has no effect: {what} shard by FSDP2 by themselves")
+
+
+def _use_peft(draft: Draft) -> None:
+    for given in _taken(draft, "use_peft"):
+        wanted = as_bool(given.value, given.origin.where)
+        if wanted and not draft.has("lora.rank"):
+            draft.put("lora.rank", 16, given.origin)
+            if not draft.has("lora.alpha"):
+                draft.put("lora.alpha", 32, given.origin)
+        elif not wanted and draft.has("lora.rank") and str(draft.value("lora.rank")) != "0":
+            where = draft.values["lora.rank"].origin.where
+            raise ConfigError(f"{given.origin.where} false and {where} {draft.value('lora.rank')} contradict each other")
+
+
+def _reporting(draft: Draft) -> None:
+    wanted: list[str] = []
+    flags = _taken(draft, "report_to", "use_wandb")
+    for given in _taken(draft, "report_to"):
+        words = given.value if isinstance(given.value, list) else str(given.value).split(",")
+        wanted += ["tensorboard", "wandb"] if words == ["all"] else [str(word).strip() for word in words]
+    for given in _taken(draft, "use_wandb"):
+        if as_bool(given.value, given.origin.where):
+            wanted += [] if "report_to" in draft.together else ["tensorboard"]
+            wanted.append("wandb")
+    if wanted:
+        draft.put("log.report_to", list(dict.fromkeys(wanted)), _at(*flags))
+
+
+def _saving(draft: Draft) -> None:
+    strategy = _strategy(draft, "save_strategy", ours="save.steps", words=("steps", "no", "best"))
+    for given in _taken(draft, "save_steps"):
+        if strategy == "no":
+            draft.warn(f"{given.origin.where} has no effect: the save strategy is no")
+        else:
+            draft.put("save.steps", given.value, given.origin)
+    if strategy == "best":
+        draft.put("save.final", "best", draft.together["save_strategy"].origin)
+
+
+def _evaluation(draft: Draft) -> None:
+    for given in _taken(draft, "logging_steps"):
+        draft.put("log.steps", given.value, given.origin)
+    strategy = _strategy(draft, "evaluation_strategy", ours="eval.steps", words=("steps", "no"))
+    for given in _taken(draft, "do_eval"):
+        if strategy is None and as_bool(given.value, given.origin.where):
+            strategy = "steps"
+    for given in _taken(draft, "eval_interval"):
+        draft.put("eval.steps", 0 if str(given.value) == "-1" else given.value, given.origin)
+    for given in _taken(draft, "eval_steps"):
+        if strategy == "no":
+            draft.warn(f"{given.origin.where} has no effect: the evaluation strategy is no")
+        else:
+            draft.put("eval.steps", given.value, given.origin)
+    if strategy == "steps" and not draft.has("eval.steps"):
+        asked = _taken(draft, "evaluation_strategy", "do_eval")
+        if not draft.has("log.steps"):
+            raise ConfigError(f"{asked[0].origin.where} steps: how many? add --eval_steps")
+        draft.put("eval.steps", draft.value("log.steps"), _at(*asked))
+
+
+def _strategy(draft: Draft, flag: str, *, ours: str, words: tuple[str, ...]) -> str | None:
+    for given in _taken(draft, flag):
+        if given.value == "epoch":
+            raise ConfigError(f"{given.origin.where} epoch is not there; count in optimizer steps: --{ours} 100")
+        if given.value not in words:
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(words)}")
+        return str(given.value)
+    return None
+
+
+# GRPO --------------------------------------------------------------------------------------------------------------
+
+
+def _is_rl_example(draft: Draft) -> bool:
+    """Whether the line is one of rl_example.py: it has a flag, or the short spelling of one, that only it has."""
+    short = (g.origin.where for g in _taken(draft, "train_batch_size", "inference_batch_size"))
+    return any(name in draft.together for name in _RL_EXAMPLE) or any(w in ("-tbs", "-ibs") for w in short)
+
+
+def _sampled_at_once(draft: Draft) -> None:
+    for given in _taken(draft, "inference_batch_size"):
+        if _is_rl_example(draft):
+            draft.warn(f"{given.origin.where} has no effect: -tbs sizes a round, and -imbs what is sampled at once")
+        else:
+            draft.put("rollout.inference_batch_size", given.value, given.origin)
+
+
+def _epsilon(draft: Draft) -> None:
+    for given in _taken(draft, "epsilon"):
+        draft.put("grpo.clip_low", given.value, given.origin)
+        if "epsilon_high" not in draft.together:
+            draft.put("grpo.clip_high", given.value, given.origin)
+    for given in _taken(draft, "epsilon_high"):
+        draft.put("grpo.clip_high", given.value, given.origin)
+
+
+def _algo(draft: Draft) -> None:
+    for given in _taken(draft, "algo"):
+        if given.value == "DAPO":
+            preset = {"grpo.clip_high": 0.28, "grpo.average": "token", "rollout.mask_truncated": True}
+            for name, value in preset.items():
+                if not draft.has(name):
+                    draft.put(name, value, given.origin)
+        elif given.value != "GRPO":
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; there are GRPO and DAPO so far")
+
+
+def _put_default(draft: Draft, name: str, value: Any, origin: Origin) -> None:
+    """A derived value that gives way to one the user gave."""
+    if not draft.has(name):
+        draft.put(name, value, origin)
+
+
+def _hugging_face_batch(draft: Draft) -> None:
+    """TRL's rule: the batch counts completions of one optimizer step, cut into forwards and ranks."""
+    flags = _taken(draft, "per_device_train_batch_size", "gradient_accumulation_steps")
+    if not flags:
+        return
+    rows = draft.number("per_device_train_batch_size", 8)
+    accumulation = draft.number("gradient_accumulation_steps", 1)
+    group = as_int(draft.value("rollout.num_generations"), "rollout.num_generations")
+    updates = as_int(draft.value("rollout.updates_per_round"), "rollout.updates_per_round")
+    completions = rows * accumulation * draft.world_size
+    if completions % group:
+        raise ConfigError(
+            f"a step has {completions} completions (per_device_train_batch_size {rows} x gradient_accumulation_steps "
+            f"{accumulation} x {draft.world_size} ranks), which num_generations {group} does not divide; "
+            f"make their product a multiple of {group}"
+        )
+    draft.put("rollout.prompts_per_round", completions // group * updates, _at(*flags))
+    _put_default(draft, "rollout.rows_per_forward", rows, _at(*flags))
+
+
+def _colossal_batch(draft: Draft) -> None:
+    """train_grpo.py: an episode collects prompts, then passes over their completions in batches."""
+    own = _taken(draft, *_TRAIN_GRPO)
+    if _is_rl_example(draft):
+        return
+    if not own:
+        _without_collecting(draft)
+        return
+    flags = [*own, *_taken(draft, "num_episodes", "train_batch_size", "accumulation_steps")]
+    prompts = draft.number("num_collect_steps", 2) * draft.number("experience_batch_size", 16) * draft.world_size
+    group = as_int(draft.value("rollout.num_generations"), "rollout.num_generations")
+    forward = draft.number("train_batch_size", 16)
+    per_update = forward * draft.number("accumulation_steps", 8) * draft.world_size
+    updates = min(max(1, round(prompts * group / per_update)), prompts)
+    passes = draft.number("num_update_steps", 5)
+    if updates * per_update != prompts * group:
+        draft.warn(
+            f"a round of {prompts * group} completions is cut into {updates} updates; --train_batch_size x "
+            f"--accumulation_steps asked for {per_update} completions in each"
+        )
+    origin = _at(*flags)
+    draft.put("rollout.prompts_per_round", prompts, origin)
+    draft.put("rollout.updates_per_round", updates, origin)
+    draft.put("rollout.epochs_per_round", passes, origin)
+    _put_default(draft, "rollout.rows_per_forward", forward, origin)
+    _put_default(draft, "train.max_steps", draft.number("num_episodes", 1) * updates * passes, origin)
+
+
+def _without_collecting(draft: Draft) -> None:
+    """Lines that name a batch but no collecting: count as Hugging Face's do."""
+    for given in _taken(draft, "num_episodes"):
+        draft.put("train.num_train_epochs", given.value, given.origin)
+    for theirs, hf in (
+        ("train_batch_size", "per_device_train_batch_size"),
+        ("accumulation_steps", "gradient_accumulation_steps"),
+    ):
+        for given in _taken(draft, theirs):
+            draft.put_together(hf, given.value, given.origin)
+    if _taken(draft, "train_batch_size", "accumulation_steps"):
+        _hugging_face_batch(draft)
+
+
+def _ray_batch(draft: Draft) -> None:
+    """rl_example.py: batches count prompts per rank; only its micro-batch counts completions."""
+    if not _is_rl_example(draft):
+        return
+    for given in _taken(draft, "num_episodes"):
+        draft.put("train.num_train_epochs", given.value, given.origin)
+    sized = _taken(draft, "train_batch_size", "train_minibatch_size")
+    if sized:
+        prompts = draft.number("train_batch_size", 32)
+        slice_ = draft.number("train_minibatch_size", prompts)
+        if prompts % slice_:
+            raise ConfigError(f"{_at(*sized).where}: {prompts} prompts cannot be cut into updates of {slice_}")
+        draft.put("rollout.prompts_per_round", prompts * draft.world_size, _at(*sized))
+        draft.put("rollout.updates_per_round", prompts // slice_, _at(*sized))
+    for given in _taken(draft, "train_microbatch_size"):
+        draft.put("rollout.rows_per_forward", given.value, given.origin)
+    for given in _taken(draft, "inference_microbatch_size"):
+        group = as_int(draft.value("rollout.num_generations"), "rollout.num_generations")
+        together = as_int(given.value, given.origin.where) * group
+        draft.put("rollout.inference_batch_size", together, given.origin)

@@ -1,0 +1,67 @@
+"""What the bits of a run's result depend on: settings, machine, data. Compared when a run is resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from kitae.parallel.world import World
+
+UNCOMPARED = ("output_dir", "resume", "overwrite", "allow_inexact", "save", "log", "eval")
+"""Settings that may differ on resume: they change where and what is written, not the numbers."""
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors")
+
+
+def identity(*, settings: Mapping[str, Any], facts: Mapping[str, Any], world: World) -> dict[str, Any]:
+    """Everything that must be equal for a resumed run to continue to the last bit."""
+    compared = {name: value for name, value in settings.items() if name not in UNCOMPARED}
+    return {"settings": compared, "machine": machine(world), "facts": dict(facts)}
+
+
+def machine(world: World) -> dict[str, Any]:
+    """What decides the order and kind of floating-point operations."""
+    device = world.device
+    return {
+        "world_size": world.world_size,
+        "threads": torch.get_num_threads(),
+        "device": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type,
+        "torch": torch.__version__,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages a run's numbers come from; recorded, not compared."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: installed(package) for package in PACKAGES}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Fields in which two identities differ, such as "train.seed 1 -> 2"."""
+    before, after = _flat(json.loads(json.dumps(then))), _flat(json.loads(json.dumps(now)))
+    absent = "(absent)"
+    return [
+        f"{name.removeprefix('settings.')} {before.get(name, absent)} -> {after.get(name, absent)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; Any: JSON values."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+    }

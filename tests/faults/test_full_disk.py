@@ -1,0 +1,72 @@
+"""A disk that is too small or becomes full: exit 2, the last good checkpoint stays, and space lets the run go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_outcome import numbers, weights
+from fault_server import Server
+
+from kitae.train.checkpoint import steps_in
+
+OPTIONS = {"total": 10, "width": 1024, "save": {"steps": 2, "keep": 1}}  # one checkpoint: about 390 KiB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path, *, leave: int) -> None:
+    """Take all but `leave` bytes."""
+    size = max(shutil.disk_usage(folder).free - leave, 0)
+    with (folder / "ballast").open("wb") as file:
+        file.write(b"\0" * size)
+
+
+def test_a_disk_too_small_is_refused_before_the_first_step(server: Server, small_disk: Path) -> None:
+    fill(small_disk, leave=400_000)
+    life = server.run(small_disk / "run", **OPTIONS)
+    assert life.code == 2
+    assert "disk too small: need" in life.text()
+    assert not (small_disk / "run" / "checkpoints").exists()
+
+
+def test_an_estimate_refuses_a_small_disk_at_once(server: Server, small_disk: Path) -> None:
+    life = server.run(small_disk / "run", checkpoint_bytes=2_000_000, **OPTIONS)
+    assert life.code == 2
+    assert "disk too small: need 4.2 MiB for checkpoints, have 4.0 MiB" in life.text()
+    assert not (small_disk / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("left", [0, 50_000, 300_000])
+def test_a_disk_that_fills_up_costs_nothing(server: Server, undisturbed, small_disk: Path, left: int) -> None:
+    folder = small_disk / "run"
+    life = server.start(folder, **OPTIONS, seconds_per_step=0.05)
+    while not (folder / "checkpoints" / "step_000002" / "manifest.json").exists():
+        time.sleep(0.002)
+    fill(small_disk, leave=left)
+    assert life.wait() == 2
+    assert "disk full: " in life.text() and "have" in life.text()
+    assert "Traceback" not in life.text()
+    assert steps_in(folder / "checkpoints")
+    (small_disk / "ballast").unlink()
+    assert server.run(folder, resume=True, **OPTIONS).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**OPTIONS)

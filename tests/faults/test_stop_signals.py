@@ -1,0 +1,122 @@
+"""SIGTERM, SIGINT, SIGHUP: the step ends, everything is saved, and the resumed run is the same to the last bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from fault_outcome import numbers, weights
+from fault_server import Life, Server
+
+from kitae.train.checkpoint import read, steps_in
+
+OPTIONS = {"total": 12, "save": {"steps": 5}, "evaluation": {"steps": 4}, "seconds_per_step": 0.03}
+
+
+def wait_for_step(folder: Path, step: int, life: Life) -> None:
+    """Until that step is in the metrics."""
+    metrics = folder / "metrics.jsonl"
+    while life.poll() is None and not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
+def test_a_signal_saves_and_says_how_to_resume(
+    server: Server, undisturbed, tmp_path: Path, number: int, code: int
+) -> None:
+    folder = tmp_path / "run"
+    life = server.start(folder, **OPTIONS)
+    wait_for_step(folder, 6, life)
+    life.signal(number)
+    assert life.wait() == code
+    last = numbers(folder)[-1][0]
+    assert steps_in(folder / "checkpoints")[0] in (last, last + 1)  # last + 1: its evaluation is still owed
+    assert "run the same command with --resume" in life.text()
+    assert "Traceback" not in life.text()
+    assert json.loads((folder / "exit.json").read_text())["code"] == code
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    assert server.run(folder, resume=True, **OPTIONS).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**OPTIONS)
+    assert json.loads((folder / "exit.json").read_text())["code"] == 0
+
+
+def test_signals_at_random_times_lose_nothing(server: Server, undisturbed, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    folder, stops, code = tmp_path / "run", 0, 143
+    while code != 0:
+        life = server.start(folder, resume=True, **OPTIONS)
+        wait_for_step(folder, 1, life)
+        time.sleep(rng.uniform(0.05, 0.15))
+        life.signal(signal.SIGTERM)
+        code = life.wait()
+        assert code in (0, 143), life.text()
+        stops += code == 143
+    assert stops >= 2
+    assert (numbers(folder), weights(folder)) == undisturbed(**OPTIONS)
+
+
+def test_an_evaluation_that_was_due_is_made_up_for(server: Server, undisturbed, tmp_path: Path) -> None:
+    options = {**OPTIONS, "seconds_per_step": 0.2}
+    folder = tmp_path / "run"
+    life = server.start(folder, **options)
+    wait_for_step(folder, 3, life)
+    time.sleep(0.05)
+    life.signal(signal.SIGTERM)  # in step 4, after which an evaluation is due
+    assert life.wait() == 143
+    assert numbers(folder)[-1][0] == 3
+    assert read(folder / "checkpoints" / "step_000004", rank=0).state["run"]["owes_evaluation"]
+    assert server.run(folder, resume=True, **OPTIONS).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**OPTIONS)
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a save"])
+def test_a_second_signal_leaves_at_once(server: Server, undisturbed, tmp_path: Path, moment: str) -> None:
+    slow = {"seconds_per_step": 30.0} if moment == "in a step" else {"seconds_per_save": 30.0}
+    folder = tmp_path / "run"
+    options = {**OPTIONS, "save": {"steps": 2}}
+    assert server.run(folder, **options, raise_at=5).code == 1
+    life = server.start(folder, **{**options, **slow}, resume=True)
+    if moment == "in a step":
+        while "resumed at step 4" not in life.text():
+            time.sleep(0.01)
+        time.sleep(0.1)
+    else:
+        time.sleep(0.3)  # the state is taken before the first step already, to see whether it fits the disk
+    began = time.monotonic()
+    life.signal(signal.SIGINT)
+    time.sleep(0.1)
+    life.signal(signal.SIGINT)
+    assert life.wait() == 130
+    assert time.monotonic() - began < 5
+    assert server.run(folder, resume=True, **options).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**options)
+
+
+def test_a_signal_in_a_save_lets_it_finish(server: Server, undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = {**OPTIONS, "total": 4, "save": {"steps": 2}}
+    life = server.start(folder, **options, seconds_per_save=0.4)
+    wait_for_step(folder, 2, life)
+    time.sleep(0.1)
+    life.signal(signal.SIGTERM)
+    assert life.wait() == 143
+    assert steps_in(folder / "checkpoints") == [2]
+    assert server.run(folder, resume=True, **options).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**options)
+
+
+def test_a_signal_before_the_first_step_leaves_with_its_code(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    life = server.start(folder, **OPTIONS, seconds_per_save=1.0)
+    while not (folder / "run.json").exists():
+        time.sleep(0.005)
+    time.sleep(0.1)
+    life.signal(signal.SIGTERM)
+    assert life.wait() == 143
+    assert "stopped by SIGTERM before the first step" in life.text()
