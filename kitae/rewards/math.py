@@ -13,16 +13,15 @@ import re
 from collections import deque
 from typing import Literal, NamedTuple, TypeGuard
 
-from kitae.rewards.normalise import (
+from kitae.rewards.normalise import normalise
+from kitae.rewards.quantity import as_quantity, same_quantity
+from kitae.rewards.structure import (
     Parts,
     as_list,
-    as_quantity,
     assigned_name,
     assigned_value,
     is_relation,
     is_words,
-    normalise,
-    same_quantity,
     without_spaces,
 )
 from kitae.types import Score
@@ -74,9 +73,9 @@ def final_answer(text: str) -> Found:
     _, closed, after = text.rpartition("</think>")
     if not closed and "<think>" in text:
         return Found(None, "unclosed think")
-    start = after.rfind("<answer>")
-    end = after.find("</answer>", start)
-    if 0 <= start < end:
+    end = after.rfind("</answer>")
+    start = after.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
         return Found(after[start + len("<answer>") : end].strip(), "answer tag")
     boxed = last_boxed(after)
     if boxed is not None:
@@ -177,13 +176,15 @@ def _same_list(answers: Parts, golds: Parts) -> bool:
 
 
 def _same_symbolically(answer: str, gold: str) -> bool:
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
+    from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
+    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
     # The parser for LaTeX only: the one for plain expressions ends in sympy's parse_expr, which evaluates code.
     # Time-outs are off because they need the main thread and signals; the worker that runs this can be killed.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    spelling = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none")
+    spelling = NormalizationConfig(
+        basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none"
+    )
     latex = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=spelling)]
     parsed, parsed_gold = (
         parse(f"${text.replace('$', '')}$", latex, fallback_mode="no_fallback", parsing_timeout=None)

@@ -53,7 +53,11 @@ class RewardPool:
 
     def score_iter(self, items: Sequence[tuple[str, Problem]]) -> Iterator[Score]:
         """The same one by one, in order, as they become known."""
-        return self._threads.map(self._judge, items)
+        return self._threads.map(self._score, items)
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """Whether each answer is mathematically its gold answer, 1 or 0, by the rules of the reward `math`."""
+        return list(self._threads.map(self._compare, pairs))
 
     def close(self) -> None:
         """End all processes; what is being judged ends within its time limit."""
@@ -68,13 +72,11 @@ class RewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _judge(self, item: tuple[str, Problem]) -> Score:
+    def _score(self, item: tuple[str, Problem]) -> Score:
         text, problem = item
-        worker = self._idle.get()
-        try:
-            reply = worker.ask(_request(text, problem), timeout_s=self.settings.timeout_s)
-        finally:
-            self._idle.put(worker)
+        reply = self._ask(
+            completion=text, prompt=problem.prompt, answer=problem.answer, columns=problem.columns
+        )
         if "value" in reply:
             return Score(reply["value"], reply["reason"])
         if "exhausted" in reply and self._nursery.out_of_budget is not None:
@@ -82,6 +84,24 @@ class RewardPool:
         return self._unscored(
             reply.get("error") or f"ran into its limit: {reply['exhausted']}", text, problem
         )
+
+    def _compare(self, pair: tuple[str, str]) -> Score:
+        answer, gold = pair
+        reply = self._ask(answer=answer, gold=gold)
+        if "value" in reply:
+            return Score(reply["value"])
+        if "exhausted" in reply:
+            return Score(0.0, reply["exhausted"])
+        return Score(None, f"comparing {reply['error']}")
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        """Have the next idle worker answer a request."""
+        line = json.dumps(request, default=str).encode() + b"\n"
+        worker = self._idle.get()
+        try:
+            return worker.ask(line, timeout_s=self.settings.timeout_s)
+        finally:
+            self._idle.put(worker)
 
     def _unscored(self, what: str, text: str, problem: Problem) -> Score:
         name = self.settings.function
@@ -173,16 +193,6 @@ class _Worker:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def _request(text: str, problem: Problem) -> bytes:
-    fields = {
-        "completion": text,
-        "prompt": problem.prompt,
-        "answer": problem.answer,
-        "columns": problem.columns,
-    }
-    return json.dumps(fields, default=str).encode() + b"\n"
 
 
 def _read_line(connection: socket.socket) -> bytes:

@@ -11,6 +11,8 @@ from typing import Literal
 from kitae.rewards.math import MAX_ANSWER, equivalent, is_usable, last_boxed
 from kitae.types import Score
 
+Form = Literal["answer_tags", "boxed"]
+
 WRONG_FORM, RIGHT_FORM, RIGHT_ANSWER = 0.0, 1.0, 10.0
 
 OUT_OF_BUDGET = RIGHT_FORM
@@ -24,7 +26,7 @@ def reward(
     *,
     prompt: str,
     answer: str | None,
-    form: Literal["answer_tags", "boxed"] = "answer_tags",
+    form: Form = "answer_tags",
     strict_form: bool = True,
     **columns: object,
 ) -> Score:
@@ -46,6 +48,12 @@ def reward(
     if not equivalent(found, answer):
         return Score(RIGHT_FORM, f"wrong: {found[:100]}, expected {answer[:100]}")
     return Score(RIGHT_ANSWER, "right")
+
+
+def form_problem(completion: str, *, form: Form, strict_form: bool) -> str:
+    """What is wrong with the completion's form, "" if nothing is; in time linear in its length."""
+    check = answer_tags_problem if form == "answer_tags" else boxed_problem
+    return check(completion, strict=strict_form)
 
 
 def answer_tags_problem(completion: str, *, strict: bool) -> str:

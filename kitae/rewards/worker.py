@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from kitae.config import RewardSettings
 from kitae.errors import KitaeError
 from kitae.rewards.loading import Reward, load_reward
+from kitae.rewards.math import equivalent
 from kitae.types import Score
 
 MEMORY_BYTES = 2 << 30
@@ -82,26 +83,30 @@ def _work(control: socket.socket, connection: socket.socket, reward: Reward, *, 
         _limit_resources()
         with connection.makefile("rb") as requests:
             for line in requests:
-                connection.sendall(json.dumps(_judge(reward, json.loads(line))).encode() + b"\n")
+                connection.sendall(json.dumps(_answer(reward, json.loads(line))).encode() + b"\n")
     finally:
         os._exit(0)  # never return into the nursery's code, whatever happened
 
 
-def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
-    """One request to one reply: a value and a reason, or the error the pool has to decide about."""
+def _answer(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
+    """One request to one reply: a value and a reason, or what kept us from them."""
     try:
-        result = reward(
-            request["completion"],
-            prompt=request["prompt"],
-            answer=request["answer"],
-            **{name: value for name, value in request["columns"].items() if name not in ("prompt", "answer")},
-        )
+        if "gold" in request:
+            return {"value": float(equivalent(request["answer"], request["gold"])), "reason": ""}
+        return _judge(reward, **request)
     except MemoryError:
         return {"exhausted": OUT_OF_MEMORY}
     except RecursionError:
         return {"exhausted": OUT_OF_DEPTH}
     except Exception as error:  # a user's function may raise anything; the pool stops the run or counts it
         return {"error": f"raised {type(error).__name__}: {error}"[:REASON_LENGTH]}
+
+
+def _judge(
+    reward: Reward, *, completion: str, prompt: str, answer: str | None, columns: dict[str, Any]
+) -> dict[str, Any]:
+    others = {name: value for name, value in columns.items() if name not in ("prompt", "answer")}
+    result = reward(completion, prompt=prompt, answer=answer, **others)
     value, reason = result if isinstance(result, Score) else (result, "")
     if value is None:
         return {"value": None, "reason": str(reason or "could not be scored")[:REASON_LENGTH]}
@@ -119,10 +124,7 @@ def _judge(reward: Reward, request: dict[str, Any]) -> dict[str, Any]:
 
 def _warm_up() -> None:
     """Pay for math-verify's imports and parser tables once, before any worker is forked."""
-    if "kitae.rewards.math" in sys.modules:
-        from kitae.rewards.math import equivalent
-
-        equivalent(r"\sqrt{2}x + 1", r"1 + x\sqrt{2}")
+    equivalent(r"\sqrt{2}x + 1", r"1 + x\sqrt{2}")
 
 
 def _print_to_stderr() -> None:

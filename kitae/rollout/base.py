@@ -87,6 +87,7 @@ def make_requests(
     problems: Sequence[Problem], limits: Sequence[Sequence[int]], *, sampling: SamplingSettings, seed: int
 ) -> list[list[Request]]:
     """One request per completion: limits[p][s] is the most tokens that sample s of problem p may have."""
+    assert all(limit >= 1 for group in limits for limit in group), limits
     needs_history = sampling.repetition_penalty != 1 or sampling.no_repeat_ngram_size > 0
     return [
         [

@@ -40,8 +40,10 @@ class Step(NamedTuple):
 class SlotCache:
     """The attention cache of GenericEngine; tell it what comes next with begin_prefill or begin_step."""
 
-    def __init__(self, *, num_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, *, num_slots: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Room for `num_slots` rows; none may become longer than `max_length` tokens."""
         self._num_slots = num_slots
+        self._max_length = max_length
         self._device = device
         self._dtype = dtype
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -103,13 +105,17 @@ class SlotCache:
         old = self._layers.get(index)
         if old is None or old[0].shape[2] < self._capacity:
             shapes = [(self._num_slots, x.shape[1], self._capacity, x.shape[2]) for x in (k_TKD, v_TKD)]
-            # Zeros, since whatever lay there could be NaN, and 0 * NaN is NaN.
-            new = [torch.zeros(s, device=self._device, dtype=self._dtype) for s in shapes]
-            for i, tensor in enumerate(old or ()):
-                new[i][:, :, : tensor.shape[2]] = tensor
+            new = [torch.empty(s, device=self._device, dtype=self._dtype) for s in shapes]
+            length = old[0].shape[2] if old else 0
+            for i, tensor in enumerate(new):
+                if old:
+                    tensor[:, :, :length] = old[i]
+                tensor[:, :, length:] = 0  # whatever lay there could be NaN, and 0 * NaN is NaN
             self._layers[index] = (new[0], new[1])
         return self._layers[index]
 
     def _require(self, tokens: int) -> None:
+        """Grow by half when room is short, in whole steps of GROWTH, but not beyond the longest row there can be."""
         if tokens > self._capacity:
-            self._capacity = -(-max(tokens, self._capacity * 5 // 4) // GROWTH) * GROWTH
+            wanted = max(tokens, min(self._capacity * 3 // 2, self._max_length))
+            self._capacity = -(-wanted // GROWTH) * GROWTH

@@ -101,7 +101,8 @@ class GenericEngine:
         device = self.policy.device
         # bfloat16 products of one row with its keys are slower than float32 ones on a CPU.
         dtype = torch.float32 if device.type == "cpu" else self.policy.dtype
-        cache = SlotCache(num_slots=scheduler.num_slots, device=device, dtype=dtype)
+        max_length = max((r.prompt_length + r.max_new_tokens for group in groups for r in group), default=0)
+        cache = SlotCache(num_slots=scheduler.num_slots, max_length=max_length, device=device, dtype=dtype)
         while not scheduler.is_done:
             while entering := scheduler.admit():
                 self._prefill(entering, cache, call)

@@ -89,7 +89,9 @@ def _only_file(alone: list[str], file: str | Path | None) -> str | Path | None:
         return file
     if len(alone) > 1 or file is not None or not alone[0].endswith(".toml"):
         stray = next((word for word in alone if not word.endswith(".toml")), alone[-1])
-        raise ConfigError(f"{stray!r} belongs to no flag; a settings file ends in .toml, and there is one at most")
+        raise ConfigError(
+            f"{stray!r} belongs to no flag; a settings file ends in .toml, and there is one at most"
+        )
     return alone[0]
 
 
@@ -132,7 +134,11 @@ class _Reader:
                     raise self._unknown(where.format(name), name)
                 yield from self.from_mapping(value, rank=rank, where=where, prefix=f"{name}.")
                 continue
-            yield name, value, Origin(where=where.format(name), rank=rank, is_foreign=self._find(name)[0] is None)
+            yield (
+                name,
+                value,
+                Origin(where=where.format(name), rank=rank, is_foreign=self._find(name)[0] is None),
+            )
 
     def read_file(self, path: Path) -> None:
         try:
@@ -240,7 +246,10 @@ class _Reader:
         told: dict[str, list[str]] = {}
         for item in error.errors(include_url=False, include_context=False):
             parts = [str(part) for part in item["loc"]]
-            name = next((n for i in range(len(parts), 0, -1) if (n := ".".join(parts[:i])) in self.known), ".".join(parts))
+            name = next(
+                (n for i in range(len(parts), 0, -1) if (n := ".".join(parts[:i])) in self.known),
+                ".".join(parts),
+            )
             told.setdefault(name, []).append(item["msg"][:1].lower() + item["msg"][1:])
         for name, reasons in told.items():
             given = self.draft.values.get(name)
@@ -257,10 +266,14 @@ class _Reader:
 def _shaped(setting: Setting, value: Any, origin: Origin) -> Any:
     """One value for a single setting, a list for a list; `none` where nothing is a possible value."""
     if setting.is_list:
-        is_word = isinstance(value, str) and any(value in getattr(t, "__args__", ()) for t in setting.alternatives)
+        is_word = isinstance(value, str) and any(
+            value in getattr(t, "__args__", ()) for t in setting.alternatives
+        )
         return value if is_word or isinstance(value, list) else [value]
     if isinstance(value, list) and not setting.is_table:
-        raise ConfigError(f"{origin.where} takes one value, and got {len(value)}: {' '.join(map(str, value))}")
+        raise ConfigError(
+            f"{origin.where} takes one value, and got {len(value)}: {' '.join(map(str, value))}"
+        )
     takes_none = type(None) in setting.alternatives and str not in setting.alternatives
     return None if takes_none and str(value).lower() == "none" else value
 

@@ -117,7 +117,12 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit",
     "adafactor": "adafactor",
 }  # fmt: skip
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
 LOG_LEVELS = {
     "debug": "debug", "info": "info", "passive": "info", "warning": "warning", "error": "warning", "critical": "warning"
 }  # fmt: skip
@@ -183,7 +188,9 @@ def _hugging_face() -> list[Alias]:
         a.maps("--tokenizer_name --tokenizer_name_or_path", "model.tokenizer"),
         a.maps("--model_revision", "model.revision"),
         a.maps("--torch_dtype --dtype", "model.dtype", choice(DTYPES)),
-        a.maps("--load_in_4bit", "model.quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True),
+        a.maps(
+            "--load_in_4bit", "model.quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True
+        ),
         a.limited("--load_in_8bit", "8-bit base weights", is_switch=True),
         a.maps("--gradient_checkpointing", "model.gradient_checkpointing", switch, is_switch=True),
         a.maps("--torch_compile", "model.torch_compile", switch, is_switch=True),
@@ -203,8 +210,12 @@ def _hugging_face() -> list[Alias]:
         a.maps("--adam_beta2", "optim.beta2"),
         a.maps("--adam_epsilon", "optim.epsilon"),
         a.maps("--lr_scheduler_type", "optim.lr_scheduler", choice(SCHEDULES)),
-        a.together("--bf16", "model.dtype", "bfloat16 where the device is fast in it, else a warning", is_switch=True),
-        a.together("--fp16", "model.dtype", "float16 where the device is fast in it, else a warning", is_switch=True),
+        a.together(
+            "--bf16", "model.dtype", "bfloat16 where the device is fast in it, else a warning", is_switch=True
+        ),
+        a.together(
+            "--fp16", "model.dtype", "float16 where the device is fast in it, else a warning", is_switch=True
+        ),
         a.together("--use_peft", "lora.rank", "rank 16 and alpha 32 where none are given", is_switch=True),
         a.maps("--lora_r --lora_rank", "lora.rank"),
         a.maps("--lora_alpha", "lora.alpha"),
@@ -219,9 +230,16 @@ def _hugging_face() -> list[Alias]:
         a.together("--save_strategy", "save.steps", "steps, best or no; epoch is refused"),
         a.together("--save_steps", "save.steps", "every so many optimizer steps"),
         a.maps("--save_total_limit", "save.keep"),
-        a.maps("--load_best_model_at_end", "save.final", lambda v: "best" if switch(v) else "last", is_switch=True),
+        a.maps(
+            "--load_best_model_at_end",
+            "save.final",
+            lambda v: "best" if switch(v) else "last",
+            is_switch=True,
+        ),
         a.maps("--metric_for_best_model", "save.metric", metric),
-        a.maps("--greater_is_better", "save.metric_mode", lambda v: "max" if switch(v) else "min", is_switch=True),
+        a.maps(
+            "--greater_is_better", "save.metric_mode", lambda v: "max" if switch(v) else "min", is_switch=True
+        ),
         a.together("--evaluation_strategy --eval_strategy", "eval.steps", "steps or no; epoch is refused"),
         a.together("--do_eval", "eval.steps", "as --eval_strategy steps", is_switch=True),
         a.together("--eval_steps", "eval.steps", "every so many optimizer steps"),
@@ -237,7 +255,9 @@ def _hugging_face() -> list[Alias]:
         ),
         *a.warns("--packing --padding_free", "rows are always packed", is_switch=True),
         *a.warns(
-            "--completion_only_loss --assistant_only_loss", "assistant turns are always the only target", is_switch=True
+            "--completion_only_loss --assistant_only_loss",
+            "assistant turns are always the only target",
+            is_switch=True,
         ),
         *a.warns("--tf32", "kitae leaves float32 matrix products at full precision", is_switch=True),
         *a.warns("--attn_implementation --gradient_checkpointing_kwargs", "kitae has one way of its own"),
@@ -253,9 +273,16 @@ def _hugging_face() -> list[Alias]:
             is_switch=True,
         ),
         *a.warns("--logging_strategy", "logging goes by steps"),
-        *a.warns("--push_to_hub --auto_find_batch_size --use_vllm", "kitae has nothing like it", is_switch=True),
-        *a.warns("--hub_model_id --hub_token --neftune_noise_alpha --label_smoothing_factor", "kitae has nothing like it"),
-        *a.warns("--bnb_4bit_quant_type --bnb_4bit_compute_dtype", "4-bit weights are nf4, computed in model.dtype"),
+        *a.warns(
+            "--push_to_hub --auto_find_batch_size --use_vllm", "kitae has nothing like it", is_switch=True
+        ),
+        *a.warns(
+            "--hub_model_id --hub_token --neftune_noise_alpha --label_smoothing_factor",
+            "kitae has nothing like it",
+        ),
+        *a.warns(
+            "--bnb_4bit_quant_type --bnb_4bit_compute_dtype", "4-bit weights are nf4, computed in model.dtype"
+        ),
         *a.warns("--use_bnb_nested_quant", "4-bit scales are stored as they are", is_switch=True),
     ]
 
@@ -299,7 +326,11 @@ def _lora_finetune() -> list[Alias]:
     return [
         a.maps("-m --pretrained", "model.name_or_path"),
         a.maps("-d --dataset", "data.train", paths_of),
-        a.together("-p --plugin", "", "zero2, moe, ddp …: ranks shard by FSDP2, nothing to choose; offload is not there"),
+        a.together(
+            "-p --plugin",
+            "",
+            "zero2, moe, ddp …: ranks shard by FSDP2, nothing to choose; offload is not there",
+        ),
         a.maps("--save_dir", "output_dir"),
         a.maps("--tensorboard_dir", "log.tensorboard_dir"),
         a.maps("-n --num_epochs", "train.num_train_epochs"),
@@ -426,7 +457,12 @@ def _notebook() -> list[Alias]:
         a.maps("--r", "lora.rank"),
         a.maps("--target_modules", "lora.target_modules", separated),
         a.maps("--bias", "lora.bias"),
-        a.maps("--use_gradient_checkpointing", "model.gradient_checkpointing", checkpointing, note='also "unsloth"'),
+        a.maps(
+            "--use_gradient_checkpointing",
+            "model.gradient_checkpointing",
+            checkpointing,
+            note='also "unsloth"',
+        ),
         a.maps("--random_state", "lora.init_seed"),
         *a.warns("--loftq_config", "adapters start from zero"),
         *a.warns("--use_exact_model_name", "names are always exact", is_switch=True),
@@ -434,5 +470,6 @@ def _notebook() -> list[Alias]:
 
 
 TABLE: list[Alias] = [
-    *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_grpo(), *_rl_example(), *_notebook()
+    *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_grpo(), *_rl_example(),
+    *_notebook(),
 ]  # fmt: skip

@@ -67,16 +67,22 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
         "lora.rank is 0, so there are no adapters",
     )
     yield from idle(
-        cfg.optim.name == "adafactor", "optim.beta1 optim.epsilon", "optim.name is adafactor, which has no such number"
+        cfg.optim.name == "adafactor",
+        "optim.beta1 optim.epsilon",
+        "optim.name is adafactor, which has no such number",
     )
     yield from idle(cfg.optim.on_nonfinite == "stop", "optim.max_skipped", "optim.on_nonfinite is stop")
-    yield from idle(cfg.optim.lr_scheduler == "constant", "optim.min_lr_ratio", "optim.lr_scheduler is constant")
+    yield from idle(
+        cfg.optim.lr_scheduler == "constant", "optim.min_lr_ratio", "optim.lr_scheduler is constant"
+    )
     yield from idle(given_rows, "data.hold_out", "evaluation rows are given by data.eval or data.eval_split")
     yield from idle(
         not given_rows and not cfg.eval.steps, "data.hold_out", "eval.steps is 0, so nothing is evaluated"
     )
     yield from idle(
-        not _evaluates(cfg), "eval.at_start eval.batch_size eval.max_rows", "nothing is evaluated; set eval.steps or data.eval"
+        not _evaluates(cfg),
+        "eval.at_start eval.batch_size eval.max_rows",
+        "nothing is evaluated; set eval.steps or data.eval",
     )
     yield from idle(
         not picks_best,
@@ -84,13 +90,19 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
         "neither save.final is best nor train.early_stopping_patience above 0",
     )
     yield from idle("wandb" not in cfg.log.report_to, "log.wandb_project", "log.report_to has no wandb")
-    yield from idle("tensorboard" not in cfg.log.report_to, "log.tensorboard_dir", "log.report_to has no tensorboard")
+    yield from idle(
+        "tensorboard" not in cfg.log.report_to, "log.tensorboard_dir", "log.report_to has no tensorboard"
+    )
     yield from idle(not cfg.resume, "allow_inexact", "resume is off")
     if recipe == "grpo":
         yield from idle(
-            True, "data.max_length", "lengths in grpo are rollout.max_prompt_length and rollout.max_new_tokens"
+            True,
+            "data.max_length",
+            "lengths in grpo are rollout.max_prompt_length and rollout.max_new_tokens",
         )
-        yield from idle(True, "eval.batch_size", "grpo evaluates by sampling, rollout.inference_batch_size at a time")
+        yield from idle(
+            True, "eval.batch_size", "grpo evaluates by sampling, rollout.inference_batch_size at a time"
+        )
         yield from idle(
             cfg.reward.function != "reasoning",
             "reward.form reward.strict_form",

@@ -79,7 +79,9 @@ def _precision(draft: Draft) -> None:
         elif given.value != "no":
             raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of bf16, fp16, no")
     if len({dtype for _, dtype in wishes}) > 1:
-        raise ConfigError(f"{' and '.join(flag for flag, _ in wishes)} contradict each other; keep one of them")
+        raise ConfigError(
+            f"{' and '.join(flag for flag, _ in wishes)} contradict each other; keep one of them"
+        )
     if wishes and draft.has("model.dtype") and draft.value("model.dtype") not in ("auto", wishes[0][1]):
         where = draft.values["model.dtype"].origin.where
         raise ConfigError(f"{wishes[0][0]} and {where} {draft.value('model.dtype')} contradict each other")
@@ -104,7 +106,9 @@ def _use_peft(draft: Draft) -> None:
                 draft.put("lora.alpha", 32, given.origin)
         elif not wanted and draft.has("lora.rank") and str(draft.value("lora.rank")) != "0":
             where = draft.values["lora.rank"].origin.where
-            raise ConfigError(f"{given.origin.where} false and {where} {draft.value('lora.rank')} contradict each other")
+            raise ConfigError(
+                f"{given.origin.where} false and {where} {draft.value('lora.rank')} contradict each other"
+            )
 
 
 def _reporting(draft: Draft) -> None:
@@ -156,7 +160,9 @@ def _evaluation(draft: Draft) -> None:
 def _strategy(draft: Draft, flag: str, *, ours: str, words: tuple[str, ...]) -> str | None:
     for given in _taken(draft, flag):
         if given.value == "epoch":
-            raise ConfigError(f"{given.origin.where} epoch is not there; count in optimizer steps: --{ours} 100")
+            raise ConfigError(
+                f"{given.origin.where} epoch is not there; count in optimizer steps: --{ours} 100"
+            )
         if given.value not in words:
             raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(words)}")
         return str(given.value)
@@ -175,7 +181,9 @@ def _is_rl_example(draft: Draft) -> bool:
 def _sampled_at_once(draft: Draft) -> None:
     for given in _taken(draft, "inference_batch_size"):
         if _is_rl_example(draft):
-            draft.warn(f"{given.origin.where} has no effect: -tbs sizes a round, and -imbs what is sampled at once")
+            draft.warn(
+                f"{given.origin.where} has no effect: -tbs sizes a round, and -imbs what is sampled at once"
+            )
         else:
             draft.put("rollout.inference_batch_size", given.value, given.origin)
 
@@ -235,7 +243,9 @@ def _colossal_batch(draft: Draft) -> None:
         _without_collecting(draft)
         return
     flags = [*own, *_taken(draft, "num_episodes", "train_batch_size", "accumulation_steps")]
-    prompts = draft.number("num_collect_steps", 2) * draft.number("experience_batch_size", 16) * draft.world_size
+    prompts = (
+        draft.number("num_collect_steps", 2) * draft.number("experience_batch_size", 16) * draft.world_size
+    )
     group = as_int(draft.value("rollout.num_generations"), "rollout.num_generations")
     forward = draft.number("train_batch_size", 16)
     per_update = forward * draft.number("accumulation_steps", 8) * draft.world_size
@@ -279,7 +289,9 @@ def _ray_batch(draft: Draft) -> None:
         prompts = draft.number("train_batch_size", 32)
         slice_ = draft.number("train_minibatch_size", prompts)
         if prompts % slice_:
-            raise ConfigError(f"{_at(*sized).where}: {prompts} prompts cannot be cut into updates of {slice_}")
+            raise ConfigError(
+                f"{_at(*sized).where}: {prompts} prompts cannot be cut into updates of {slice_}"
+            )
         draft.put("rollout.prompts_per_round", prompts * draft.world_size, _at(*sized))
         draft.put("rollout.updates_per_round", prompts // slice_, _at(*sized))
     for given in _taken(draft, "train_microbatch_size"):

@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -105,8 +105,8 @@ class Passes:
 
 def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
     """About what a pass over num_tokens keeps for its backward: arXiv:2205.05198, eq. 2 without attention scores."""
-    config = policy.config.get_text_config()
-    bytes_in_16_bits = 34.0 * num_tokens * config.hidden_size * config.num_hidden_layers
+    config: Any = policy.config.get_text_config()  # a transformers configuration, whose fields are dynamic
+    bytes_in_16_bits: float = 34.0 * num_tokens * config.hidden_size * config.num_hidden_layers
     return bytes_in_16_bits * policy.dtype.itemsize / 2
 
 

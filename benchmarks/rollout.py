@@ -1,0 +1,206 @@
+"""kitae's generic engine against transformers' generate on one sampling round, each in a process of its own.
+
+    python benchmarks/rollout.py --json rollout.json
+
+The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn once from a log-normal distribution
+(median about 100, at most 256) and forced on both, a Qwen3-like model of 30 M parameters with random weights. The two
+run in turn, `--repeats` times; printed are the medians of useful tokens per second, their ratio, and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16")
+GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
+"""Rows per call of generate: its best on the machine this was first measured on."""
+SIZES = {
+    "30m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16384, "max_position_embeddings": 2048},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 2048},
+}  # fmt: skip
+
+
+def workload(
+    *, vocab_size: int, num_prompts: int, group: int, longest: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts as token ids, and how many tokens each of their completions gets."""
+    numbers = random.Random(1)
+    prompts = [
+        [numbers.randrange(10, vocab_size) for _ in range(numbers.randint(64, 128))]
+        for _ in range(num_prompts)
+    ]
+    lengths = [
+        [int(min(max(numbers.lognormvariate(math.log(100), 0.6), 8), longest)) for _ in range(group)]
+        for _ in prompts
+    ]
+    return prompts, lengths
+
+
+def run_kitae(folder: Path, prompts: list[list[int]], lengths: list[list[int]], *, dtype: str) -> float:
+    from kitae.config import ModelSettings, SamplingSettings
+    from kitae.models.load import load_policy
+    from kitae.rollout.generic import GenericEngine
+    from kitae.types import Problem
+
+    policy = load_policy(ModelSettings(name_or_path=str(folder), dtype=dtype, device="cpu"), trainable=False)
+    engine = GenericEngine(policy, stop_ids=[], decode=lambda ids: "", max_rows=128)
+    problems = [Problem(prompt="", token_ids=ids, index=i) for i, ids in enumerate(prompts)]
+    engine.generate_up_to([[2]], problems=problems[:1], sampling=SamplingSettings(), seed=0)
+    start = time.perf_counter()
+    groups = engine.generate_up_to(lengths, problems=problems, sampling=SamplingSettings(), seed=0)
+    seconds = time.perf_counter() - start
+    assert [[len(r.token_ids) for r in group] for group in groups] == lengths
+    return seconds
+
+
+def run_generate(
+    folder: Path, prompts: list[list[int]], lengths: list[list[int]], *, dtype: str, batch: int
+) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
+    rows = [(prompt, length) for prompt, group in zip(prompts, lengths, strict=True) for length in group]
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(map(max, lengths))
+    )
+    config.pad_token_id = 0
+
+    class Lengths(StoppingCriteria):
+        def __init__(self, start: int, lengths: list[int]) -> None:
+            self.ends = start + torch.tensor(lengths)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+            return input_ids.shape[1] >= self.ends
+
+    def generate(rows: list[tuple[list[int], int]]) -> None:
+        width = max(len(prompt) for prompt, _ in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, (prompt, _) in enumerate(rows):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        stop = StoppingCriteriaList([Lengths(width, [length for _, length in rows])])
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stop)
+        assert out.shape[1] == width + max(length for _, length in rows)
+
+    generate([(prompts[0], 2)])
+    start = time.perf_counter()
+    for first in range(0, len(rows), batch):
+        generate(rows[first : first + batch])
+    return time.perf_counter() - start
+
+
+def make_model(folder: Path, size: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kitae.models.toy import make_config
+
+    torch.manual_seed(0)
+    config = make_config("qwen3", eos_token_id=None, pad_token_id=None, **SIZES[size])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One engine, one round; prints one line of JSON."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    prompts, lengths = round_of(args)
+    if args.worker == "kitae":
+        seconds = run_kitae(args.model, prompts, lengths, dtype=args.dtype)
+    else:
+        seconds = run_generate(
+            args.model, prompts, lengths, dtype=args.dtype, batch=GENERATE_BATCH[args.dtype]
+        )
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        json.dumps(
+            {"seconds": seconds, "tokens_per_s": sum(map(sum, lengths)) / seconds, "peak_rss_mib": peak_mib}
+        )
+    )
+
+
+def round_of(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
+    return workload(
+        vocab_size=SIZES[args.size]["vocab_size"],
+        num_prompts=args.prompts,
+        group=args.group,
+        longest=args.longest,
+    )
+
+
+def measure(engine: str, args: argparse.Namespace, *, dtype: str, model: Path) -> dict[str, float]:
+    options = ["size", "prompts", "group", "longest", "threads"]
+    command = [sys.executable, __file__, "--worker", engine, "--model", str(model), "--dtype", dtype]
+    command += [f"--{name}={getattr(args, name)}" for name in options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="30m")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--longest", type=int, default=256, help="most tokens of a completion")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--worker", choices=["kitae", "generate"], help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+
+    import torch
+    import transformers
+
+    report: dict[str, object] = {
+        "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
+        "size": args.size, "useful_tokens": sum(map(sum, round_of(args)[1])), "repeats": args.repeats,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), args.size)
+        for dtype in [args.dtype] if args.dtype else DTYPES:
+            runs: dict[str, list[dict[str, float]]] = {"kitae": [], "generate": []}
+            for _ in range(args.repeats):
+                for engine, done in runs.items():
+                    done.append(measure(engine, args, dtype=dtype, model=Path(folder)))
+            speed = {e: statistics.median(r["tokens_per_s"] for r in done) for e, done in runs.items()}
+            memory = {e: statistics.median(r["peak_rss_mib"] for r in done) for e, done in runs.items()}
+            ratio = speed["kitae"] / speed["generate"]
+            for engine in runs:
+                print(
+                    f"{dtype:9} {engine:9} {speed[engine]:8.0f} tokens/s  peak RSS {memory[engine]:6.0f} MiB"
+                )
+            print(f"{dtype:9} kitae / generate = {ratio:.2f}", flush=True)
+            report[dtype] = {"tokens_per_s": speed, "peak_rss_mib": memory, "ratio": ratio, "runs": runs}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
