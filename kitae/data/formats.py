@@ -137,9 +137,10 @@ def _read(record: dict[str, Any]) -> tuple[list[Message], Any, bool]:
 def _instruction(record: dict[str, Any]) -> list[Message]:
     """Alpaca's shape: instruction, input, output, with LLaMA-Factory's system and history."""
     turns = _optional(record, "system")
-    for pair in record.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("expected pairs of instruction and output", field="history")
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("expected a list of pairs of instruction and output", field="history")
+    for pair in history:
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     text, more = record["instruction"], record.get("input")
     if isinstance(text, str) and isinstance(more, str) and more.strip():

@@ -242,4 +242,6 @@ def _checkpoint_gradients(causal_lm: Any) -> None:
         raise ModelError(
             f"model.gradient_checkpointing is on, but {causal_lm.config.model_type} models cannot; set it to false"
         )
-    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Only the reentrant kind needs embeddings with a gradient; a frozen layer below the first adapter needs none.
+    causal_lm.disable_input_require_grads()

@@ -75,6 +75,12 @@ def unsharded(policy: Policy) -> Iterator[None]:
             module.reshard()
 
 
+def drop_gathered(policy: Policy) -> None:
+    """Forget gathered parameters after the shards have changed: FSDP keeps the root's after a pass without backward."""
+    for module in _sharded_modules(policy):
+        module.reshard()
+
+
 def full_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Each trainable parameter whole, one at a time; every rank must go through them. Shards come in compute dtype."""
     for name, parameter in policy.named_trainable():

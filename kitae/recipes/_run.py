@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kitae import backends
 from kitae.config import Section, as_json
 from kitae.data.chat import Template
 from kitae.data.instructions import form_instruction
@@ -39,10 +38,7 @@ def run_recipe(name: str, settings: Section, *, notes: Sequence[str] = ()) -> Pa
     cfg: Any = settings
     recipe = importlib.import_module(f"kitae.recipes.{name}")
     torch.set_num_threads(cfg.train.num_threads or len(os.sched_getaffinity(0)))
-    backend = backends.pick(cfg.model.device)
-    world = start_world(
-        device=cfg.model.device if backend.name != "cpu" else "cpu", communication=backend.process_group
-    )
+    world = start_world(device=cfg.model.device)
     try:
         with Run.open(
             cfg.output_dir,

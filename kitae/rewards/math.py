@@ -136,13 +136,12 @@ def _same(answer: str, gold: str) -> bool:
     number, gold_number = as_quantity(answer), as_quantity(gold)
     if number and gold_number:
         return same_quantity(number, gold_number)
-    answer, gold = _without_names(answer, gold)
-    answers, golds = as_list(answer), as_list(gold)
-    if len(answers.parts) != 1 or len(golds.parts) != 1:
-        return _same_list(answers, golds)
-    inner, gold_inner = answers.parts[0], golds.parts[0]
-    if (inner, gold_inner) != (answer, gold):
-        return _same(inner, gold_inner)
+    value, gold_value = _without_names(answer, gold)
+    values, gold_values = as_list(value), as_list(gold_value)
+    if len(values.parts) != 1 or len(gold_values.parts) != 1:
+        return _same_list(values, gold_values)
+    if (values.parts[0], gold_values.parts[0]) != (answer, gold):
+        return _same(values.parts[0], gold_values.parts[0])
     if is_words(answer) or is_words(gold):
         return answer.casefold() == gold.casefold()
     if is_relation(answer) != is_relation(gold):

@@ -6,7 +6,7 @@ Rule rewards as in arXiv:2501.12948, section 2.2.2.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kitae.rewards.math import MAX_ANSWER, equivalent, is_usable, last_boxed
 from kitae.types import Score
@@ -37,12 +37,9 @@ def reward(
     """
     if not is_usable(answer):
         return Score(None, "no usable gold answer")
-    problem = (answer_tags_problem if form == "answer_tags" else boxed_problem)(
-        completion, strict=strict_form
-    )
+    found, problem = read(completion, form=form, strict_form=strict_form)
     if problem:
         return Score(WRONG_FORM, problem)
-    found = text_in_answer(completion) if form == "answer_tags" else text_in_boxed(completion)
     if len(found) > MAX_ANSWER:
         return Score(RIGHT_FORM, f"wrong: answer of {len(found)} characters, at most {MAX_ANSWER} are read")
     if not equivalent(found, answer):
@@ -50,52 +47,53 @@ def reward(
     return Score(RIGHT_ANSWER, "right")
 
 
-def form_problem(completion: str, *, form: Form, strict_form: bool) -> str:
-    """What is wrong with the completion's form, "" if nothing is; in time linear in its length."""
-    check = answer_tags_problem if form == "answer_tags" else boxed_problem
-    return check(completion, strict=strict_form)
+class Reading(NamedTuple):
+    """The answer of a completion in the right form, or what is wrong with its form."""
+
+    answer: str
+    problem: str = ""
 
 
-def answer_tags_problem(completion: str, *, strict: bool) -> str:
-    """What keeps `completion` from being one think block and then one answer block; "" if nothing does."""
-    tags = (THINK, END_THINK, ANSWER, END_ANSWER)
-    if problem := count_problem(completion, tags):
-        return problem
-    starts = [completion.index(tag) for tag in tags]
-    if starts != sorted(starts):
-        return "tags out of order"
-    before, rest = completion.split(THINK)
-    between, after = rest.split(END_THINK)[1].split(ANSWER)
-    outside = (before, between, after.split(END_ANSWER)[1])
-    if strict and any(text.strip() for text in outside):
-        return "text outside the blocks"
-    return ""
+def read(completion: str, *, form: Form, strict_form: bool) -> Reading:
+    """Check the form and take the answer out, in time linear in the completion's length."""
+    return (read_answer_tags if form == "answer_tags" else read_boxed)(completion, strict=strict_form)
 
 
-def boxed_problem(completion: str, *, strict: bool) -> str:
-    """What keeps `completion` from being one think block and then text with a `\\boxed{}`; "" if nothing does."""
-    if problem := count_problem(completion, (THINK, END_THINK)):
-        return problem
-    if completion.index(END_THINK) < completion.index(THINK):
-        return "tags out of order"
-    if strict and completion.split(THINK)[0].strip():
-        return "text before <think>"
-    if last_boxed(completion.split(END_THINK)[1]) is None:
-        return "no \\boxed{} after </think>"
-    return ""
+def read_answer_tags(completion: str, *, strict: bool) -> Reading:
+    """Exactly one think block, then exactly one answer block, neither within the other."""
+    if problem := count_problem(completion, THINK, END_THINK, ANSWER, END_ANSWER):
+        return Reading("", problem)
+    before, _, rest = completion.partition(THINK)
+    _, closed, rest = rest.partition(END_THINK)
+    between, opened, rest = rest.partition(ANSWER)
+    answer, ended, after = rest.partition(END_ANSWER)
+    if not (closed and opened and ended):
+        return Reading("", "tags out of order")
+    if strict and (before + between + after).strip():
+        return Reading("", "text outside the blocks")
+    return Reading(answer.strip())
 
 
-def count_problem(completion: str, tags: tuple[str, ...]) -> str:
+def read_boxed(completion: str, *, strict: bool) -> Reading:
+    r"""Exactly one think block, then text of which the last \boxed{} counts."""
+    if problem := count_problem(completion, THINK, END_THINK):
+        return Reading("", problem)
+    before, _, rest = completion.partition(THINK)
+    _, closed, after = rest.partition(END_THINK)
+    if not closed:
+        return Reading("", "tags out of order")
+    if strict and before.strip():
+        return Reading("", "text before <think>")
+    answer = last_boxed(after)
+    if answer is None:
+        return Reading("", r"no \boxed{} after </think>")
+    return Reading(answer.strip())
+
+
+def count_problem(completion: str, *tags: str) -> str:
+    """Names the first tag that does not occur exactly once: "no </think>", "2 <answer>"; "" if all do."""
     for tag in tags:
         count = completion.count(tag)
         if count != 1:
-            return f"{count} {tag}" if count else f"no {tag}"
+            return f"{count or 'no'} {tag}"
     return ""
-
-
-def text_in_answer(completion: str) -> str:
-    return completion.split(ANSWER)[1].split(END_ANSWER)[0].strip()
-
-
-def text_in_boxed(completion: str) -> str:
-    return (last_boxed(completion.split(END_THINK)[1]) or "").strip()

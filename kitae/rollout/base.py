@@ -118,19 +118,19 @@ def check_lengths(
     """Refuse prompts without tokens, and completions that could grow beyond the model's context."""
     for number, (problem, allowed) in enumerate(zip(problems, limits, strict=True)):
         length, longest = len(problem.token_ids), max(allowed, default=0)
+        which = f"prompt {number} (row {problem.index} of its data)"
         if length == 0:
-            raise DataError(
-                f"prompt {number} (row {problem.index} of its data) has no tokens to continue from"
-            )
-        if context is not None and length + longest > context:
+            raise DataError(f"{which} has no tokens to continue from")
+        if context is None or length + longest <= context:
+            continue
+        if length >= context:
             raise ConfigError(
-                f"prompt {number} (row {problem.index} of its data) has {length} tokens and max_new_tokens is "
-                f"{longest}: together {length + longest}, but the model's context is {context}; lower "
-                f"max_new_tokens to {context - length} or shorten the prompt"
-                if length < context
-                else f"prompt {number} (row {problem.index} of its data) has {length} tokens, which leaves no room "
-                f"in the model's context of {context}; shorten the prompt"
+                f"{which} fills the model's context of {context} with {length} tokens; shorten it"
             )
+        raise ConfigError(
+            f"{which} has {length} tokens and max_new_tokens is {longest}: together {length + longest}, but the "
+            f"model's context is {context}; lower max_new_tokens to {context - length} or shorten the prompt"
+        )
 
 
 def as_rollout(

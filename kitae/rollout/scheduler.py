@@ -18,6 +18,10 @@ PARTS = 4
 """A group larger than all slots is cut so that about this many parts run at a time: one ends, the next enters."""
 
 
+ENTER_AT = 8
+"""Nobody enters before an eighth of the rows is free, so that many prompts share one prefill."""
+
+
 class Scheduler:
     """Rows in flight and groups that wait, first come, first served."""
 
@@ -42,6 +46,8 @@ class Scheduler:
         """Groups that enter now, slots given; empty when none fits. Call again: prefill has its own limit."""
         entering: list[list[Request]] = []
         tokens = 0
+        if self._max_rows - len(self.running) < self._max_rows // ENTER_AT:
+            return entering
         while self._waiting and len(self.running) + len(self._waiting[0]) <= self._max_rows:
             tokens += self._waiting[0][0].prompt_length
             if entering and tokens > self._max_prefill_tokens:
@@ -80,8 +86,8 @@ class Scheduler:
 
 
 def round_up_rows(count: int) -> int:
-    """1, 2, 4, 8, 16, then multiples of 16: libraries prepare every matrix shape anew."""
-    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+    """1, 2, 4, 8, then multiples of 8: libraries prepare every matrix shape anew."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
 
 
 def _parts(group: Sequence[Request], *, max_rows: int) -> Iterator[list[Request]]:

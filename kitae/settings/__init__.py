@@ -1,4 +1,4 @@
-"""Settings of a run from a TOML file, flags on top, or a dict: checked and explained before any weights are read.
+"""Settings from a TOML file, flags on top, or a dict: checked and explained before any weights are read.
 
     words or dict --aliases--> dotted names --rules--> one value each --pydantic--> Settings --checks--> (Settings, Notes)
 
@@ -8,24 +8,20 @@ Whatever vocabulary the user brings (docs/flags.md), a recipe sees only its own 
 from __future__ import annotations
 
 import os
-import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
+from typing import Any, TypeVar
 
 from kitae.config import Section
 from kitae.errors import ConfigError
-from kitae.plugins import did_you_mean, load
-from kitae.settings import aliases, checks, rules, words
-from kitae.settings.aliases import Alias
-from kitae.settings.draft import Draft, Origin, as_bool
-from kitae.settings.fields import Setting, flat_names, sections_of, settings_of
+from kitae.plugins import load
+from kitae.settings import checks
+from kitae.settings.reader import Reader
 
-__all__ = ["Notes", "fit_to_device", "resolve", "settings_class"]
+__all__ = ["Notes", "fit_to_device", "read", "resolve", "settings_class"]
+
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,256 +54,86 @@ def resolve(
     `given` may hold one bare word ending in .toml instead of `file`. `world_size` counts ranks, by default those
     that torchrun or kitae launch tell: other programs count batches per rank.
     """
-    root = settings_class(recipe)
-    reader = _Reader(recipe, root, world_size=world_size)
-    if isinstance(given, Mapping):
-        items = list(reader.from_mapping(given, rank=1, where="{}"))
-    else:
-        alone, items = reader.from_words(given)
-        file = _only_file(alone, file)
-    if file is not None:
-        reader.read_file(Path(file))
-    for name, value, origin in items:
-        reader.place(name, value, origin)
-    return reader.finish()
+    reader, alone = _gather(recipe, settings_class(recipe), given, file=file, world_size=world_size)
+    if alone:
+        raise ConfigError(
+            f"{alone[0]!r} belongs to no flag; a settings file ends in .toml, and there is one at most"
+        )
+    settings = reader.validate()
+    for problem in checks.contradictions(recipe, settings):
+        raise ConfigError(reader.with_places(problem))
+    draft = reader.draft
+    for name, reason in checks.without_effect(draft, settings):
+        origin = draft.values[name].origin
+        if not origin.is_foreign:
+            raise ConfigError(f"{name} ({origin.where}) would have no effect: {reason}; leave it out")
+        draft.warn(f"{origin.where} has no effect: {reason}")
+    return settings, _notes(reader)
+
+
+def read(
+    command: str, root: type[S], given: Sequence[str] | Mapping[str, Any], *, positional: Sequence[str] = ()
+) -> tuple[S, Notes]:
+    """Settings of a command that is no recipe; bare words fill the `positional` settings in order.
+
+    A list setting takes all words that are left.
+    """
+    reader, alone = _gather(command, root, given, file=None, world_size=1)
+    for name in positional:
+        if not alone:
+            break
+        value: Any = alone.pop(0)
+        if reader.known[name].is_list:
+            value, alone = [value, *alone], []
+        reader.place_word(name, value)
+    if alone:
+        raise ConfigError(f"{alone[0]!r} belongs to no flag of kitae {command}; --help lists all")
+    settings: S = reader.validate()
+    return settings, _notes(reader)
 
 
 def fit_to_device(settings: Any, notes: Notes, *, is_good_at: bool, reason: str) -> tuple[Any, Notes]:
-    """Grant a wish for a precision (notes.dtype_wish), or say by name that it has no effect on this device."""
+    """Grant a wish for a precision (notes.dtype_wish), or say by name that it has no effect on this device.
+
+    `settings` is any recipe's (hence Any).
+    """
     if notes.dtype_wish is None:
         return settings, notes
     flag, dtype = notes.dtype_wish
     if is_good_at:
         model = settings.model.model_copy(update={"dtype": dtype})
         return settings.model_copy(update={"model": model}), notes
-    warning = f"{flag} has no effect: {reason}"
-    return settings, Notes(warnings=[*notes.warnings, warning], origins=notes.origins)
+    return settings, replace(
+        notes, warnings=[*notes.warnings, f"{flag} has no effect: {reason}"], dtype_wish=None
+    )
 
 
-def _only_file(alone: list[str], file: str | Path | None) -> str | Path | None:
-    if not alone:
-        return file
-    if len(alone) > 1 or file is not None or not alone[0].endswith(".toml"):
-        stray = next((word for word in alone if not word.endswith(".toml")), alone[-1])
-        raise ConfigError(
-            f"{stray!r} belongs to no flag; a settings file ends in .toml, and there is one at most"
-        )
-    return alone[0]
-
-
-class _Reader:
-    """Gathers what is given for one recipe into a Draft."""
-
-    def __init__(self, recipe: str, root: type[Section], *, world_size: int | None) -> None:
-        self.root = root
-        self.known = settings_of(root)
-        self.sections = sections_of(root)
-        self.flat = flat_names(self.known)
-        self.aliases = aliases.for_recipe(recipe)
-        ranks = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
-        self.draft = Draft(recipe=recipe, world_size=ranks, known=self.known)
-
-    # reading ---------------------------------------------------------------------------------------------------
-
-    def from_words(self, given: Sequence[str]) -> tuple[list[str], list[tuple[str, Any, Origin]]]:
-        alone, flags = words.split(given, is_switch=lambda flag: self._is_switch(flag.name))
-        items: list[tuple[str, Any, Origin]] = []
-        for flag in flags:
-            setting, alias = self._find(flag.name)
-            if setting is None and alias is None:
-                raise self._unknown(flag.spelling, flag.name)
-            origin = Origin(where=flag.spelling, rank=1, is_foreign=alias is not None)
-            if not flag.values and not self._is_switch(flag.name):
-                raise ConfigError(f"{flag.spelling} needs a value")
-            value: Any = flag.values if len(flag.values) > 1 else (flag.values or ["true"])[0]
-            items.append((flag.name, value, origin))
-        return alone, items
-
-    def from_mapping(
-        self, table: Mapping[str, Any], *, rank: int, where: str, prefix: str = ""
-    ) -> Iterator[tuple[str, Any, Origin]]:
-        """Leaves of nested or flat tables. `where` is a pattern for the place of a name, such as `a.toml, {}`."""
-        for key, value in table.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, Mapping) and (name in self.sections or not self._knows(name)):
-                if name not in self.sections:
-                    raise self._unknown(where.format(name), name)
-                yield from self.from_mapping(value, rank=rank, where=where, prefix=f"{name}.")
-                continue
-            yield (
-                name,
-                value,
-                Origin(where=where.format(name), rank=rank, is_foreign=self._find(name)[0] is None),
-            )
-
-    def read_file(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ConfigError(f"cannot read the settings file {path}: {why}") from error
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        lines = _line_numbers(text)
-        for name, value, origin in self.from_mapping(table, rank=0, where=f"{path}, {{}}"):
-            line = lines.get(name)
-            at = f"{path} line {line}" if line else str(path)
-            self.place(name, value, Origin(where=at, rank=0, is_foreign=origin.is_foreign))
-
-    # naming ----------------------------------------------------------------------------------------------------
-
-    def _knows(self, name: str) -> bool:
-        return self._find(name) != (None, None)
-
-    def _find(self, name: str) -> tuple[Setting | None, Alias | None]:
-        """Our setting (dotted, or flat where one section has it), or an alias of another program."""
-        if name in self.known:
-            return self.known[name], None
-        if name in self.aliases:
-            return None, self.aliases[name]
-        if name in self.flat:
-            return self.known[self.flat[name]], None
-        table = self.known.get(name.rpartition(".")[0])
-        return (table if table is not None and table.is_table else None), None
-
-    def _is_switch(self, name: str) -> bool:
-        setting, alias = self._find(name)
-        return alias.is_switch if alias else setting is not None and setting.is_switch
-
-    def _unknown(self, where: str, name: str) -> ConfigError:
-        leaves = [n for n in self.known if n.rpartition(".")[2] == name]
-        if leaves:
-            return ConfigError(f"{where}: several sections have {name!r}; write one of {', '.join(leaves)}")
-        names = [*self.known, *self.flat, *(n for n in self.aliases if not n.startswith("-"))]
-        hint = did_you_mean(name, names)
-        if not hint.startswith("did you mean"):
-            hint = f"kitae train {self.draft.recipe} --help lists all"
-        return ConfigError(f"unknown setting {where}; {hint}")
-
-    # placing ---------------------------------------------------------------------------------------------------
-
-    def place(self, name: str, value: Any, origin: Origin) -> None:
-        setting, alias = self._find(name)
-        if alias is not None:
-            self._place_alias(alias, value, origin)
-        elif setting is None:
-            raise self._unknown(origin.where, name)
-        elif setting.is_table and name != setting.name:
-            before = self.draft.value(setting.name)
-            self.draft.values.pop(setting.name, None)
-            self.draft.put(setting.name, {**before, name.rpartition(".")[2]: value}, origin)
-        else:
-            self.draft.put(setting.name, _shaped(setting, value, origin), origin)
-
-    def _place_alias(self, alias: Alias, value: Any, origin: Origin) -> None:
-        if alias.effect == "together":
-            self.draft.put_together(alias.key, value, origin)
-        elif alias.effect == "warns":
-            self.draft.warn(f"{origin.where} has no effect: {alias.note}")
-        elif alias.effect == "limited":
-            _refuse_beyond_one(alias, value, origin)
-        else:
-            try:
-                converted = alias.convert(value) if alias.convert else value
-            except ValueError as error:
-                raise ConfigError(f"{origin.where} is {value!r}; {error}") from error
-            if not isinstance(converted, aliases.Unset):
-                self.draft.put(alias.to, _shaped(self.known[alias.to], converted, origin), origin)
-
-    # finishing -------------------------------------------------------------------------------------------------
-
-    def finish(self) -> tuple[Any, Notes]:
-        draft = self.draft
-        rules.apply(draft)
-        for name, setting in self.known.items():
-            if setting.is_required and name not in draft.values:
-                raise ConfigError(f"{name} is required; {_how_to_give(name)}")
-        nested: dict[str, Any] = {}
-        for name, setting in self.known.items():
-            _put_nested(nested, name, draft.values[name].value if name in draft.values else setting.default)
-        try:
-            settings = self.root.model_validate(nested)
-        except ValidationError as error:
-            raise ConfigError("; ".join(self._explain(error))) from None
-        for problem in checks.contradictions(draft.recipe, settings):
-            raise ConfigError(self._with_places(problem))
-        for name, reason in checks.without_effect(draft, settings):
-            origin = draft.values[name].origin
-            if not origin.is_foreign:
-                raise ConfigError(f"{name} ({origin.where}) would have no effect: {reason}; leave it out")
-            draft.warn(f"{origin.where} has no effect: {reason}")
-        origins = {name: given.origin.where for name, given in draft.values.items()}
-        return settings, Notes(warnings=draft.warnings, origins=origins, dtype_wish=draft.dtype_wish)
-
-    def _explain(self, error: ValidationError) -> Iterator[str]:
-        """One clause per wrong setting; a union's many complaints about one value count once."""
-        told: dict[str, list[str]] = {}
-        for item in error.errors(include_url=False, include_context=False):
-            parts = [str(part) for part in item["loc"]]
-            name = next(
-                (n for i in range(len(parts), 0, -1) if (n := ".".join(parts[:i])) in self.known),
-                ".".join(parts),
-            )
-            told.setdefault(name, []).append(item["msg"][:1].lower() + item["msg"][1:])
-        for name, reasons in told.items():
-            given = self.draft.values.get(name)
-            value = f" is {given.value!r} ({given.origin.where})" if given else ""
-            yield f"{name}{value}: {' or '.join(dict.fromkeys(reasons))}"
-
-    def _with_places(self, problem: str) -> str:
-        """The problem, with where the settings it names were set."""
-        named = [n for n in self.draft.values if re.search(rf"(?<![\w.]){re.escape(n)}(?![\w.])", problem)]
-        places = ", ".join(f"{n} by {self.draft.values[n].origin.where}" for n in named)
-        return f"{problem} (set: {places})" if places else problem
-
-
-def _shaped(setting: Setting, value: Any, origin: Origin) -> Any:
-    """One value for a single setting, a list for a list; `none` where nothing is a possible value."""
-    if setting.is_list:
-        is_word = isinstance(value, str) and any(
-            value in getattr(t, "__args__", ()) for t in setting.alternatives
-        )
-        return value if is_word or isinstance(value, list) else [value]
-    if isinstance(value, list) and not setting.is_table:
-        raise ConfigError(
-            f"{origin.where} takes one value, and got {len(value)}: {' '.join(map(str, value))}"
-        )
-    takes_none = type(None) in setting.alternatives and str not in setting.alternatives
-    return None if takes_none and str(value).lower() == "none" else value
-
-
-def _refuse_beyond_one(alias: Alias, value: Any, origin: Origin) -> None:
-    if alias.is_switch:
-        is_asked = as_bool(value, origin.where)
+def _gather(
+    command: str,
+    root: type[Section],
+    given: Sequence[str] | Mapping[str, Any],
+    *,
+    file: str | Path | None,
+    world_size: int | None,
+) -> tuple[Reader, list[str]]:
+    """A reader with everything placed, and the words that belong to no flag."""
+    ranks = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    reader = Reader(command, root, world_size=ranks)
+    alone: list[str] = []
+    if isinstance(given, Mapping):
+        items = list(reader.from_mapping(given, rank=1, place_of=str))
     else:
-        is_asked = str(value) not in ("0", "1")
-    if is_asked:
-        shown = "" if alias.is_switch else f" {value}"
-        raise ConfigError(f"{origin.where}{shown}: {alias.note} is not there yet; leave the flag out")
+        alone, items = reader.from_words(given)
+        if alone and file is None and alone[0].endswith(".toml"):
+            file = alone.pop(0)
+    if file is not None:
+        reader.read_file(Path(file))
+    for name, value, origin in items:
+        reader.place(name, value, origin)
+    return reader, alone
 
 
-def _how_to_give(name: str) -> str:
-    if name == "model.name_or_path":
-        return 'give --model_name_or_path MODEL, or name_or_path = "MODEL" under [model] in the settings file'
-    return f"give --{name}"
-
-
-def _put_nested(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[leaf] = value
-
-
-def _line_numbers(text: str) -> dict[str, int]:
-    """Where each dotted name of a TOML text is set, for error messages; multi-line values may hide some."""
-    found: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([\w.\-]+)\]", line):
-            section = header[1] + "."
-        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
-            found.setdefault(section + key[1], number)
-    return found
+def _notes(reader: Reader) -> Notes:
+    draft = reader.draft
+    origins = {name: given.origin.where for name, given in draft.values.items()}
+    return Notes(warnings=draft.warnings, origins=origins, dtype_wish=draft.dtype_wish)

@@ -20,6 +20,7 @@ Convert = Callable[[Any], Any]
 HF, NOTEBOOK = "Hugging Face", "notebook"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
 SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
+USE = ("evaluate", "generate", "chat")
 
 
 class Unset:
@@ -32,7 +33,7 @@ class Alias:
 
     flags: tuple[str, ...]
     source: str
-    recipes: tuple[str, ...]
+    commands: tuple[str, ...]
     effect: Effect
     to: str = ""
     """maps: our setting. together: the setting or settings it decides with its companions. Else empty."""
@@ -53,11 +54,11 @@ class Alias:
         return next((n for n in self.names if not n.startswith("-")), self.names[0])
 
 
-def for_recipe(recipe: str) -> dict[str, Alias]:
-    """Every alias of a recipe by name; an earlier table of TABLES wins."""
+def for_command(command: str) -> dict[str, Alias]:
+    """Every alias of a recipe or command by name; the earlier of TABLE wins."""
     found: dict[str, Alias] = {}
     for alias in TABLE:
-        if recipe in alias.recipes:
+        if command in alias.commands:
             for name in alias.names:
                 found.setdefault(name, alias)
     return found
@@ -156,7 +157,7 @@ class _Writer:
     """Makes the entries of one vocabulary. `flags` lists all spellings of one flag with blanks between."""
 
     source: str
-    recipes: tuple[str, ...]
+    commands: tuple[str, ...]
 
     def maps(
         self, flags: str, to: str, convert: Convert | None = None, *, note: str = "", is_switch: bool = False
@@ -177,7 +178,7 @@ class _Writer:
 
     def _make(self, flags: str, effect: Effect, **rest: Any) -> Alias:
         return Alias(
-            flags=tuple(flags.split()), source=self.source, recipes=self.recipes, effect=effect, **rest
+            flags=tuple(flags.split()), source=self.source, commands=self.commands, effect=effect, **rest
         )
 
 
@@ -469,7 +470,25 @@ def _notebook() -> list[Alias]:
     ]
 
 
+def _use() -> list[Alias]:
+    a = _Writer(HF, USE)
+    return [
+        a.maps("--model_name_or_path", "model"),
+        a.maps("--model_revision", "revision"),
+        a.maps("--tokenizer_name --tokenizer_name_or_path --tokenizer_dir", "tokenizer"),
+        a.maps("--torch_dtype", "dtype", choice(DTYPES)),
+        a.maps("--load_in_4bit", "quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True),
+        a.maps("--max_tokens --max_completion_tokens --max_completion_length", "max_new_tokens"),
+        a.together(
+            "--do_sample",
+            "temperature",
+            "false is temperature 0; true is 1 where none is given",
+            is_switch=True,
+        ),
+    ]
+
+
 TABLE: list[Alias] = [
     *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_grpo(), *_rl_example(),
-    *_notebook(),
+    *_notebook(), *_use(),
 ]  # fmt: skip

@@ -44,7 +44,7 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
 
 def without_effect(draft: Draft, cfg: Any) -> Iterator[tuple[str, str]]:
     """(setting, reason) for each setting that was given, differs from its default, and changes nothing."""
-    for name, reason in _idle(draft.recipe, cfg):
+    for name, reason in _idle(draft.command, cfg):
         if name not in draft.values:
             continue
         value = cfg

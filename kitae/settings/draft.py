@@ -32,7 +32,8 @@ class Given:
 class Draft:
     """Values by dotted name, foreign flags that only mean something together, and warnings."""
 
-    recipe: str
+    command: str
+    """A recipe, or a command such as evaluate."""
     world_size: int
     known: Mapping[str, Setting]
     values: dict[str, Given] = field(default_factory=dict)

@@ -63,9 +63,10 @@ def sections_of(root: type[Section], *, prefix: str = "") -> dict[str, type[Sect
     """Every section below a settings class by dotted name."""
     found: dict[str, type[Section]] = {}
     for name, field in root.model_fields.items():
-        if _is_section(field.annotation):
-            found[prefix + name] = field.annotation
-            found |= sections_of(field.annotation, prefix=f"{prefix}{name}.")
+        section = _as_section(field.annotation)
+        if section is not None:
+            found[prefix + name] = section
+            found |= sections_of(section, prefix=f"{prefix}{name}.")
     return found
 
 
@@ -87,9 +88,10 @@ def flat_names(known: Mapping[str, Setting]) -> dict[str, str]:
 def _collect(root: type[Section], *, prefix: str, defaults: Section | None, into: dict[str, Setting]) -> None:
     for name, field in root.model_fields.items():
         default = getattr(defaults, name) if defaults is not None else field.get_default()
-        if _is_section(field.annotation):
+        section = _as_section(field.annotation)
+        if section is not None:
             inner = default if isinstance(default, Section) else None
-            _collect(field.annotation, prefix=f"{prefix}{name}.", defaults=inner, into=into)
+            _collect(section, prefix=f"{prefix}{name}.", defaults=inner, into=into)
             continue
         is_missing = default is PydanticUndefined
         into[prefix + name] = Setting(
@@ -101,8 +103,8 @@ def _collect(root: type[Section], *, prefix: str, defaults: Section | None, into
         )
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _as_section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _describe(annotation: Any) -> str:

@@ -20,10 +20,10 @@ _TRAIN_GRPO = ("num_collect_steps", "num_update_steps", "experience_batch_size")
 def apply(draft: Draft) -> None:
     """Run every rule; each does nothing where its flags are absent."""
     for rule in (
-        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation,
+        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation, _do_sample,
     ):  # fmt: skip
         rule(draft)
-    if draft.recipe == "grpo":
+    if draft.command == "grpo":
         for rule in (_sampled_at_once, _epsilon, _algo, _hugging_face_batch, _colossal_batch, _ray_batch):
             rule(draft)
 
@@ -167,6 +167,18 @@ def _strategy(draft: Draft, flag: str, *, ours: str, words: tuple[str, ...]) -> 
             raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(words)}")
         return str(given.value)
     return None
+
+
+def _do_sample(draft: Draft) -> None:
+    for given in _taken(draft, "do_sample"):
+        if not as_bool(given.value, given.origin.where):
+            if draft.has("temperature") and float(draft.value("temperature")) != 0:
+                draft.warn(
+                    f"{draft.values.pop('temperature').origin.where} has no effect: do_sample is false"
+                )
+            draft.put("temperature", 0.0, given.origin)
+        elif not draft.has("temperature"):
+            draft.put("temperature", 1.0, given.origin)
 
 
 # GRPO --------------------------------------------------------------------------------------------------------------

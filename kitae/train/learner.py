@@ -175,7 +175,11 @@ class Learner:
             self.optimizer.state[slot.master] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in moments.items()
             }
+        self._publish()
+
+    def _publish(self) -> None:
         self.flat.publish()
+        fsdp.drop_gathered(self.policy)
 
     def _one_pass(
         self, batch: Batch, loss_fn: LossFn, *, scale: float, with_entropy: bool
@@ -254,7 +258,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.flat.publish()
+        self._publish()
         if self.loss_scale:
             self.loss_scale.went_well()
 

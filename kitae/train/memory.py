@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -50,7 +50,7 @@ class Passes:
         device = self.policy.device
         backend = backends.of(device)
         random_state = backend.rng_state(device)
-        todo = [part for batch in batches for part in self._parts_that_fit(batch)]
+        todo = self._cut(batches)
         done: list[T] = []
         while len(done) < len(todo):
             batch = todo[len(done)]
@@ -71,18 +71,21 @@ class Passes:
                     "is the same; lower the rows per forward pass to save the time",
                     _size(batch),
                 )
-            self.too_many_tokens = batch.packing.num_tokens
-            todo[len(done) : len(done) + 1] = split_batch(batch)
+            self.too_many_tokens = batch.packing.num_real_tokens
+            todo = self._cut(todo)
             done.clear()
             backend.set_rng_state(random_state, device)
             if start_again is not None:
                 start_again()
         return done
 
-    def _parts_that_fit(self, batch: Batch) -> list[Batch]:
-        if batch.packing.num_tokens < self.too_many_tokens or len(batch.rows) < 2:
-            return [batch]
-        return [part for half in split_batch(batch) for part in self._parts_that_fit(half)]
+    def _cut(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches, those of too many tokens in halves until they are smaller or single rows."""
+        parts: list[Batch] = []
+        for batch in batches:
+            is_too_large = batch.packing.num_real_tokens >= self.too_many_tokens and len(batch.rows) > 1
+            parts.extend(self._cut(split_batch(batch)) if is_too_large else [batch])
+        return parts
 
     def _refuse_if_hopeless(self, batch: Batch, error: BaseException) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -105,7 +108,7 @@ class Passes:
 
 def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
     """About what a pass over num_tokens keeps for its backward: arXiv:2205.05198, eq. 2 without attention scores."""
-    config: Any = policy.config.get_text_config()  # a transformers configuration, whose fields are dynamic
+    config = policy.causal_lm.config.get_text_config()
     bytes_in_16_bits: float = 34.0 * num_tokens * config.hidden_size * config.num_hidden_layers
     return bytes_in_16_bits * policy.dtype.itemsize / 2
 

@@ -120,6 +120,11 @@ SEEDS = [
     {"prompt": "a", "solution": "<think>b</think><answer>c</answer>"},
     {"problem": "a", "level": "1", "solution": "\\boxed{b}"},
     {"question": "a", "answer": "b #### 3"},
+    {"instruction": "a", "output": "b", "system": "s", "history": [["c", "d"]]},
+    [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b", "weight": 1},
+    ],
 ]
 VALUES = [None, True, 0, 1.5, "", "x", [], {}, [None], {"role": "user"}, [[]], "\ud800", "\0"]
 
@@ -430,8 +435,7 @@ def test_reading_yields_real_rows(shared_data):
         == "43"
     )
     digits = shared_data / "models" / "verl_digit_completion" / "data" / "train.parquet"
-    truth = DataSettings(columns={"answer": "reward_model.ground_truth"})
-    assert len(opened(digits, truth, purpose="rl")) > 0
+    assert opened(digits, purpose="rl")[0].messages == [{"role": "user", "content": "8,3:9,4"}]
 
 
 def test_preference_rows_are_refused_by_name(shared_data):

@@ -110,7 +110,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, policy_of):
     grads = []
     for on in (False, True):
         policy = policy_of(family, gradient_checkpointing=on)
-        assert policy.causal_lm.is_gradient_checkpointing is on
+        assert policy.causal_lm.is_activation_checkpointing is on
         loss_of(policy, batch).backward()
         grads.append([p.grad for _, p in policy.named_trainable()])
     for a, b in zip(*grads, strict=True):

@@ -49,6 +49,17 @@ def test_a_group_enters_whole_or_waits():
     assert [r.problem_number for r in scheduler.running] == [0, 1, 1, 2, 2, 2]
 
 
+def test_prompts_wait_for_one_another_until_an_eighth_of_the_rows_is_free():
+    scheduler = Scheduler(groups_of([1] * 100), max_rows=32)
+    assert len(scheduler.admit()) == 32
+    entered = []
+    for request in scheduler.running[:8]:
+        request.finish_reason = "stop"
+        scheduler.retire()
+        entered.append(len(scheduler.admit()))
+    assert entered == [0, 0, 0, 4, 0, 0, 0, 4]
+
+
 def test_prompts_admitted_together_stay_below_the_prefill_limit_but_a_long_one_enters_alone():
     scheduler = Scheduler(groups_of([1] * 5, prompt_length=40), max_rows=8, max_prefill_tokens=100)
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
@@ -96,19 +107,8 @@ def test_every_request_runs_once_in_a_slot_of_its_own_and_moves_are_safe(
 
 
 def test_row_counts_are_rounded_to_few_sizes():
-    assert [round_up_rows(n) for n in (1, 2, 3, 5, 9, 16, 17, 33, 128, 129)] == [
-        1,
-        2,
-        4,
-        8,
-        16,
-        16,
-        32,
-        48,
-        128,
-        144,
-    ]
-    assert len({round_up_rows(n) for n in range(1, 129)}) == 12
+    assert [round_up_rows(n) for n in (1, 2, 3, 5, 8, 9, 17, 128, 129)] == [1, 2, 4, 8, 8, 16, 24, 128, 136]
+    assert len({round_up_rows(n) for n in range(1, 129)}) == 19
 
 
 def test_the_cost_of_a_queue_grows_with_its_length_and_no_faster():

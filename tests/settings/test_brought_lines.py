@@ -1,0 +1,240 @@
+"""The command lines people bring along: each flag maps, warns or is refused as docs/flags.md says."""
+
+import shlex
+
+import pytest
+
+from kitae.errors import ConfigError
+from kitae.settings import resolve
+
+SFT_GUIDE = """--model_name_or_path ./models/DeepSeek-V3 --dataset_name qwedsacf/competition_math --output_dir ./output/sft
+    --num_train_epochs 3 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --learning_rate 2e-5
+    --warmup_steps 100 --logging_steps 10 --save_steps 500"""
+GRPO_GUIDE = """--model_name_or_path ./output/sft --dataset_name qwedsacf/competition_math --output_dir ./output/grpo
+    --num_train_epochs 3 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --num_generations 8
+    --inference_batch_size 4 --logits_forward_batch_size 1 --initial_temperature 1.0 --final_temperature 0.1
+    --learning_rate 1e-6 --warmup_steps 100 --logging_steps 10 --save_steps 500 --evaluation_strategy steps
+    --eval_steps 500 --report_to wandb"""
+LORA_FINETUNE = """--pretrained DeepSeek-R1-bf16 --dataset DATA.jsonl --plugin moe --lr 2e-5 --max_length 256 -g
+    --batch_size 24 --lora_rank 8 --lora_alpha 32 --num_epochs 2 --warmup_steps 8 --tensorboard_dir logs
+    --save_dir DeepSeek-R1-bf16-lora"""
+TRAIN_GRPO = """--pretrain MODEL --tokenizer_dir MODEL --prompt_dataset DATA
+    --conversation_template_config Qwen_Qwen2.5-3B.json --reward_functions math_competition_reward_fn
+    --plugin zero2_cpu --num_episodes 100 --num_collect_steps 8 --num_update_steps 1 --num_generations 8
+    --experience_batch_size 1 --train_batch_size 4 --inference_batch_size 8 --logits_forward_batch_size 2
+    --accumulation_steps 4 --lr 1e-6 --kl_coef 0.01 --initial_temperature 1.0 --final_temperature 0.9 --grad_clip 0.1
+    --weight_decay 0.01 --warmup_steps 40 --max_length 2000 --max_seq_len 1700 --save_path OUT --log_dir LOGS
+    --use_wandb"""
+RL_EXAMPLE = """-m M -d D -e 2 -g 4 -ibs 64 -imbs 8 -tbs 32 -tMbs 8 -tmbs 2 -tp 1 -pp 1 -zero 0 -b transformers -temp 0.9
+    -topk None -topp 0.9 -s think -mnt 100 -mpt 50 -a GRPO -lr 1e-6 -kl 0.1 -rt boxed -ei -1 -nb 0 -si 100 -sd out
+    -t 2 -i 2"""
+
+
+def settings(recipe, line, **kwargs):
+    return resolve(recipe, shlex.split(line), world_size=kwargs.pop("world_size", 1), **kwargs)
+
+
+def chosen(cfg, *names):
+    """The values of dotted names, in order."""
+    values = []
+    for name in names:
+        value = cfg
+        for part in name.split("."):
+            value = getattr(value, part)
+        values.append(value)
+    return values
+
+
+def test_the_guides_sft_line_means_what_it_says():
+    cfg, notes = settings("sft", SFT_GUIDE)
+    assert chosen(cfg, "model.name_or_path", "data.train", "output_dir") == [
+        "./models/DeepSeek-V3", ["qwedsacf/competition_math"], "./output/sft",
+    ]  # fmt: skip
+    assert chosen(cfg, "train.num_train_epochs", "train.per_device_train_batch_size") == [3.0, 2]
+    assert chosen(cfg, "train.gradient_accumulation_steps", "optim.learning_rate") == [4, 2e-5]
+    assert chosen(cfg, "optim.warmup_steps", "log.steps", "save.steps", "eval.steps") == [100, 10, 500, 0]
+    assert notes.warnings == []
+
+
+def test_the_guides_distributed_sft_line_adds_evaluation_and_wandb():
+    cfg, notes = settings("sft", f"{SFT_GUIDE} --evaluation_strategy steps --eval_steps 500 --report_to wandb")
+    assert chosen(cfg, "eval.steps", "log.report_to") == [500, ["wandb"]]
+    assert notes.warnings == []
+
+
+def test_the_guides_further_flags_map_or_warn_by_name():
+    cfg, notes = settings(
+        "sft",
+        f"{SFT_GUIDE} --resume_from_checkpoint ./output/sft/checkpoints/step_000100 --max_steps 7 --tf32 True "
+        "--dataloader_num_workers 4 --dataloader_pin_memory True --dataloader_prefetch_factor 2 --torch_compile True "
+        "--fp16 True --gradient_checkpointing True --optim adafactor --lr_scheduler_type cosine --eval_strategy no "
+        "--report_to none",
+    )
+    assert chosen(cfg, "resume", "train.max_steps", "model.torch_compile") == [True, 7, True]
+    assert chosen(cfg, "model.gradient_checkpointing", "optim.name", "optim.lr_scheduler") == [True, "adafactor", "cosine"]
+    assert chosen(cfg, "log.report_to", "eval.steps") == [["none"], 0]
+    assert notes.dtype_wish == ("--fp16", "float16")
+    assert [w.split()[0] for w in notes.warnings] == [
+        "--tf32", "--dataloader_num_workers", "--dataloader_pin_memory", "--dataloader_prefetch_factor",
+        "--resume_from_checkpoint:",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "prompts"), [(1, 1), (8, 8), (2, 2)])
+def test_the_guides_grpo_line_counts_completions(ranks, prompts):
+    cfg, notes = settings("grpo", GRPO_GUIDE, world_size=ranks)
+    assert chosen(cfg, "rollout.prompts_per_round", "rollout.num_generations") == [prompts, 8]
+    assert chosen(cfg, "rollout.inference_batch_size", "rollout.rows_per_forward") == [4, 1]
+    assert chosen(cfg, "rollout.initial_temperature", "rollout.final_temperature") == [1.0, 0.1]
+    assert chosen(cfg, "train.num_train_epochs", "optim.learning_rate", "eval.steps") == [3.0, 1e-6, 500]
+    assert notes.warnings == []
+
+
+def test_completions_that_num_generations_does_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"12 completions .* 4 x .* 3 x 1 ranks.* multiple of 8"):
+        settings("grpo", "--model_name_or_path m --dataset_name d --per_device_train_batch_size 4 "
+                         "--gradient_accumulation_steps 3")  # fmt: skip
+
+
+def test_the_batch_is_rows_per_forward_where_no_logits_batch_is_named():
+    cfg, _ = settings("grpo", "--model_name_or_path m --dataset_name d --per_device_train_batch_size 16")
+    assert chosen(cfg, "rollout.rows_per_forward", "rollout.prompts_per_round") == [16, 2]
+
+
+def test_several_updates_a_round_sample_as_many_times_more_prompts():
+    cfg, _ = settings(
+        "grpo", "--model_name_or_path m --dataset_name d --per_device_train_batch_size 16 --steps_per_generation 3"
+    )
+    assert chosen(cfg, "rollout.updates_per_round", "rollout.prompts_per_round") == [3, 6]
+
+
+def test_colossals_lora_line_runs_without_its_parallel_flags():
+    cfg, notes = settings("sft", LORA_FINETUNE)
+    assert chosen(cfg, "model.name_or_path", "data.train", "output_dir") == [
+        "DeepSeek-R1-bf16", ["DATA.jsonl"], "DeepSeek-R1-bf16-lora",
+    ]  # fmt: skip
+    assert chosen(cfg, "model.gradient_checkpointing", "data.max_length", "optim.learning_rate") == [True, 256, 2e-5]
+    assert chosen(cfg, "train.per_device_train_batch_size", "train.num_train_epochs") == [24, 2.0]
+    assert chosen(cfg, "lora.rank", "lora.alpha", "optim.warmup_steps") == [8, 32.0, 8]
+    assert cfg.log.tensorboard_dir == "logs"
+    assert notes.warnings == ["--plugin moe has no effect: ranks shard by FSDP2 by themselves"]
+
+
+@pytest.mark.parametrize("flag", ["--ep 8", "--pp 3", "--tp 2", "--sp 2", "--zero_cpu_offload", "--hostfile hosts"])
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_what_is_not_there_yet_is_refused_by_name(recipe, flag):
+    with pytest.raises(ConfigError, match=rf"^{flag}: .* is not there yet; leave the flag out$"):
+        settings(recipe, f"--model_name_or_path m --dataset d {flag}")
+
+
+def test_parallel_flags_of_one_change_nothing():
+    cfg, notes = settings("sft", f"{LORA_FINETUNE} --ep 1 --pp 1 --tp 1 --sp 1")
+    assert cfg == settings("sft", LORA_FINETUNE)[0]
+    assert len(notes.warnings) == 1
+
+
+def test_colossals_grpo_line_keeps_its_rounds_updates_and_steps():
+    cfg, notes = settings("grpo", TRAIN_GRPO)
+    assert chosen(cfg, "model.name_or_path", "model.tokenizer", "data.train", "data.template") == [
+        "MODEL", "MODEL", ["DATA"], "Qwen_Qwen2.5-3B.json",
+    ]  # fmt: skip
+    # 8 collect steps of 1 prompt; their 64 completions in batches of 4 x 4: 4 updates a round, 100 rounds.
+    assert chosen(cfg, "rollout.prompts_per_round", "rollout.updates_per_round", "rollout.epochs_per_round") == [8, 4, 1]
+    assert cfg.train.max_steps == 400
+    assert chosen(cfg, "rollout.rows_per_forward", "rollout.inference_batch_size") == [2, 8]
+    assert chosen(cfg, "rollout.max_new_tokens", "rollout.max_prompt_length") == [2000, 1700]
+    assert chosen(cfg, "reward.function", "grpo.kl_coef", "optim.max_grad_norm") == ["reasoning", 0.01, 0.1]
+    assert chosen(cfg, "log.report_to", "log.tensorboard_dir", "output_dir") == [["tensorboard", "wandb"], "LOGS", "OUT"]
+    assert [w.split()[:2] for w in notes.warnings] == [["--plugin", "zero2_cpu"]]
+    assert "CPU offload is not there yet" in notes.warnings[0]
+
+
+def test_rl_examples_short_flags_count_prompts():
+    cfg, notes = settings("grpo", RL_EXAMPLE)
+    assert chosen(cfg, "rollout.num_generations", "rollout.prompts_per_round", "rollout.updates_per_round") == [4, 32, 4]
+    assert chosen(cfg, "rollout.rows_per_forward", "rollout.inference_batch_size") == [2, 32]
+    assert chosen(cfg, "rollout.initial_temperature", "rollout.top_p", "rollout.top_k") == [0.9, 0.9, 0]
+    assert chosen(cfg, "rollout.max_new_tokens", "rollout.max_prompt_length") == [100, 50]
+    assert chosen(cfg, "reward.form", "grpo.kl_coef", "train.num_train_epochs", "data.system_prompt") == [
+        "boxed", 0.1, 2.0, "think",
+    ]  # fmt: skip
+    assert chosen(cfg, "save.steps", "output_dir", "eval.steps") == [100, "out", 0]
+    assert {w.split()[0] for w in notes.warnings} == {"-ibs", "-zero", "-b", "-nb", "-t", "-i"}
+
+
+def test_dapo_is_a_preset_that_gives_way_to_what_is_said():
+    cfg, _ = settings("grpo", "-m M -d D -a DAPO --grpo.clip_high 0.3")
+    assert chosen(cfg, "grpo.clip_high", "grpo.average", "rollout.mask_truncated") == [0.3, "token", True]
+    with pytest.raises(ConfigError, match="-a is 'RLOO'; there are GRPO and DAPO"):
+        settings("grpo", "-m M -d D -a RLOO")
+
+
+def test_g_is_checkpointing_for_sft_and_generations_for_grpo():
+    assert settings("sft", "-m M -d D -g")[0].model.gradient_checkpointing
+    assert settings("grpo", "-m M -d D -g 4")[0].rollout.num_generations == 4
+
+
+def test_trls_grpo_flags_map():
+    cfg, notes = settings(
+        "grpo",
+        "--model_name_or_path m --dataset_name d --beta 0.04 --epsilon 0.1 --epsilon_high 0.3 --loss_type dr_grpo "
+        "--scale_rewards False --num_iterations 2 --max_completion_length 99 --temperature 0.7 --use_vllm True "
+        "--mask_truncated_completions",
+    )
+    assert chosen(cfg, "grpo.kl_coef", "grpo.clip_low", "grpo.clip_high") == [0.04, 0.1, 0.3]
+    assert chosen(cfg, "grpo.average", "grpo.scale_by_std", "rollout.epochs_per_round") == ["constant", False, 2]
+    assert chosen(cfg, "rollout.max_new_tokens", "rollout.initial_temperature") == [99, 0.7]
+    assert cfg.rollout.mask_truncated
+    assert notes.warnings == ["--use_vllm has no effect: kitae has nothing like it"]
+
+
+def test_peft_flags_map_and_use_peft_brings_a_rank():
+    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --use_peft")
+    assert chosen(cfg, "lora.rank", "lora.alpha") == [16, 32]
+    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --use_peft --lora_r 4 --lora_target_modules q_proj v_proj")
+    assert chosen(cfg, "lora.rank", "lora.target_modules") == [4, ["q_proj", "v_proj"]]
+    with pytest.raises(ConfigError, match="contradict"):
+        settings("sft", "--model_name_or_path m --dataset_name d --use_peft False --lora_r 4")
+
+
+def test_a_notebooks_dict_maps():
+    cfg, notes = resolve(
+        "sft",
+        {
+            "model_name": "R1-Distill-Llama-8B-unsloth-bnb-4bit", "max_seq_length": 2048, "load_in_4bit": True, "r": 16,
+            "target_modules": ["q_proj", "v_proj"], "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none",
+            "use_gradient_checkpointing": "unsloth", "data_files": {"train": "a.jsonl", "test": "b.jsonl"},
+        },
+    )  # fmt: skip
+    assert chosen(cfg, "data.train", "data.eval", "data.max_length") == [["a.jsonl"], ["b.jsonl"], 2048]
+    assert chosen(cfg, "lora.rank", "lora.alpha", "lora.dropout", "lora.bias") == [16, 32.0, 0.05, "none"]
+    assert chosen(cfg, "lora.target_modules", "model.quantization") == [["q_proj", "v_proj"], "nf4"]
+    assert cfg.model.gradient_checkpointing
+    assert notes.warnings == []
+
+
+def test_evaluation_asked_for_without_an_interval_goes_with_the_log():
+    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --eval_strategy steps --logging_steps 10")
+    assert cfg.eval.steps == 10
+    with pytest.raises(ConfigError, match="--eval_strategy steps: how many"):
+        settings("sft", "--model_name_or_path m --dataset_name d --eval_strategy steps")
+    with pytest.raises(ConfigError, match=r"--eval_strategy epoch is not there; .*--eval.steps 100"):
+        settings("sft", "--model_name_or_path m --dataset_name d --eval_strategy epoch")
+
+
+def test_resuming_from_elsewhere_is_refused():
+    with pytest.raises(ConfigError, match="not inside output_dir"):
+        settings("sft", "--model_name_or_path m --dataset_name d --output_dir a --resume_from_checkpoint b/checkpoints/1")
+    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --resume_from_checkpoint False")
+    assert not cfg.resume
+
+
+def test_a_flag_of_another_program_warns_once_where_ours_is_refused():
+    cfg, notes = settings("sft", "--model_name_or_path m --dataset_name d --lora_alpha 8 --tf32 True --tf32 True")
+    assert cfg.lora.rank == 0
+    assert notes.warnings == [
+        "--tf32 has no effect: kitae leaves float32 matrix products at full precision",
+        "--lora_alpha has no effect: lora.rank is 0, so there are no adapters",
+    ]
+    with pytest.raises(ConfigError, match=r"lora.alpha \(--lora.alpha\) would have no effect: lora.rank is 0"):
+        settings("sft", "--model_name_or_path m --dataset_name d --lora.alpha 8")
