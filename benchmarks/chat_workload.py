@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,15 @@ def rows(count: int, *, vocabulary: list[str], seed: int) -> list[dict[str, Any]
     return made
 
 
-def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> None:
-    """Write folder/model (an ordinary Hugging Face folder) and folder/rows.jsonl."""
+def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, Any]:
+    """Write folder/model (an ordinary Hugging Face folder) and folder/rows.jsonl; return what they are."""
     import torch
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+    from kitae.backends.cpu import CpuBackend
 
     sizes = SIZES[size]
     vocabulary = words(sizes["vocab_size"] - len(CONTROL) - len(ROLES) - 1)
@@ -89,13 +92,32 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> None:
     )
     torch.manual_seed(seed)
     config = Qwen3Config(
-        **sizes, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0
+        **sizes,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    with open(folder / "rows.jsonl", "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows(num_rows, vocabulary=vocabulary, seed=seed))
+    made = rows(num_rows, vocabulary=vocabulary, seed=seed)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    taught = [len(row["completion"][0]["content"].split()) + 1 for row in made]
+    lengths = [
+        len(row["prompt"][0]["content"].split()) + n - 1 + OVERHEAD
+        for row, n in zip(made, taught, strict=True)
+    ]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rows": num_rows,
+        "median_tokens": statistics.median(lengths),
+        "mean_tokens": statistics.fmean(lengths),
+        "longest": max(lengths),
+        "taught_share": sum(taught) / sum(lengths),
+        "fast_bfloat16": CpuBackend().supports("bfloat16")[0],
+    }
 
 
 def main() -> None:
@@ -105,7 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, required=True)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    make(options.folder, size=options.size, num_rows=options.rows)
+    print(json.dumps(make(options.folder, size=options.size, num_rows=options.rows)))
 
 
 if __name__ == "__main__":

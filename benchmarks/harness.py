@@ -105,7 +105,8 @@ def measure(contender: Contender) -> Measurement:
         wall_s, busy_after = time.perf_counter() - started, _busy_core_seconds()
         printed.seek(0)
         errors.seek(0)
-        values = _last_json(output := printed.read()) if child.returncode == 0 else None
+        output = printed.read()
+        values = _last_json(output) if child.returncode == 0 else None
         if values is None:
             tail = "\n".join((output + errors.read()).splitlines()[-KEEP_LINES:])
             raise ChildError(f"{contender.name} ended with {child.returncode} and no JSON line:\n{tail}")

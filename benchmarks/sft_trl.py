@@ -40,7 +40,7 @@ def main() -> None:
         # gradient equals the unpacked one. Two such rows in a batch would attend across conversations.
         settings |= {"packing": True, "per_device_train_batch_size": 1, "max_length": 1024}
     elif options.variant == "padding_free":
-        settings |= {"padding_free": True}
+        settings |= {"padding_free": True, "max_length": None}
     if options.precision != "default":
         settings["bf16"] = options.precision == "bfloat16"
     if options.gradient_checkpointing is not None:
@@ -62,7 +62,10 @@ def main() -> None:
         model=str(options.folder / "model"),
         args=config,
         train_dataset=load_dataset(
-            "json", data_files=str(options.folder / "rows.jsonl"), split="train", cache_dir=str(options.folder / "hf")
+            "json",
+            data_files=str(options.folder / "rows.jsonl"),
+            split="train",
+            cache_dir=str(options.folder / "hf"),
         ),
         callbacks=[Clock()],
         peft_config=lora,

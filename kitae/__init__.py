@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +19,23 @@ def train(recipe: str, settings: Mapping[str, Any] | None = None, *, file: str |
     from kitae.cli.train import start
 
     return start(recipe, settings or {}, file=file)
+
+
+def evaluate(model: str, dataset_name: str | Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Score a model on problems with gold answers; the settings are those of `kitae evaluate`.
+
+    Returns the summary, such as accuracy with low and high; with perplexity=True the loss and perplexity of the rows.
+    """
+    from kitae.cli.evaluate import from_python
+
+    names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+    return from_python({"model": model, "dataset_name": names, **settings})
+
+
+def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[str]:
+    """Complete prompts; the settings are those of `kitae generate`. With n > 1 a prompt's completions follow each other."""
+    from kitae.cli.generate import completions
+
+    return completions(
+        {"model": model, "prompt": [prompts] if isinstance(prompts, str) else list(prompts), **settings}
+    )

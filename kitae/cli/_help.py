@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from kitae.config import Section
 
 
-def show(root: type[Section], *, prog: str, after: str) -> None:
+def is_asked(argv: Sequence[str]) -> bool:
+    """Whether the words ask for help."""
+    return any(word in ("-h", "--help") for word in argv)
+
+
+def show(root: type[Section], *, prog: str, after: str = "") -> None:
     """Print every setting of a class, grouped by section, with type, default and docstring."""
     import tyro
 

@@ -20,7 +20,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def draw_text(curve: Curve, *, width: int = 34, height: int = 7) -> list[str]:
+def draw_text(curve: Curve, *, width: int = 28, height: int = 7) -> list[str]:
     """The curve as `height + 2` lines of text: title, dots with the value axis, step axis."""
     points = sorted(curve.points)
     if not points:

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     recipe, words = argv[0], argv[1:]
     if recipe not in recipes:
         raise ConfigError(f"{recipe!r} is no recipe; {did_you_mean(recipe, recipes)}")
-    if any(word in ("-h", "--help") for word in words):
+    if _help.is_asked(words):
         _help.show(settings_class(recipe), prog=f"kitae train {recipe} [run.toml]", after=_AFTER)
         return 0
     start(recipe, words)

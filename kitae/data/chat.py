@@ -57,7 +57,9 @@ class Template:
         known = [i for i in source.stop_ids if i in self._encoder.ids]
         if len(known) < len(source.stop_ids):
             unknown = sorted(set(source.stop_ids) - set(known))
-            log.warning("%s: stop_ids %s are no control tokens of this tokenizer; left out", source.origin, unknown)
+            log.warning(
+                "%s: stop_ids %s are no control tokens of this tokenizer; left out", source.origin, unknown
+            )
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.stop_ids = sorted({self._end_ids[-1], *eos, *known})
         """Ids that end a completion: the template's end of turn, the tokenizer's eos, and the template file's."""
@@ -166,7 +168,10 @@ class Template:
         turns = [self._hidden(turn, marks) for turn in self._with_system(messages)]
         text = self._render(turns, add_generation_prompt=True, **kwargs)
         prefill = self._find_prefill(turns, kwargs) if kwargs else self.prefill
-        return marks.encode(text), prefill if text.endswith(prefill) else "", marks.num_control
+        ids = marks.encode(text)
+        if not ids:
+            raise RowError("the conversation renders to no tokens at all")
+        return ids, prefill if text.endswith(prefill) else "", marks.num_control
 
     def _located(self, example: Example, messages: Sequence[Message]) -> tuple[list[int], str]:
         try:
@@ -201,11 +206,12 @@ class Template:
             )
         except jinja2.TemplateError as error:
             raise RowError(f"{self._origin} refuses this conversation: {error}") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise RowError(f"{self._origin} fails on this conversation: {error}") from error
 
     def _whole_rows(self, example: Example, counts: Counter[str]) -> list[Row]:
         rows: list[Row] = []
+        num_control = 0
         for k, turn in enumerate(example.messages):
             if not is_taught(turn):
                 continue
@@ -213,8 +219,7 @@ class Template:
             marks = Marks(self._encoder)
             text = marks.hide(self._completion(turn["content"], prefill), allowed=TAGS)
             target = marks.encode(text, is_start=False) + self._end_ids
-            if num_hidden + marks.num_control:
-                counts["control_literals"] += num_hidden + marks.num_control
+            num_control = num_hidden + marks.num_control
             before = rows[-1] if rows else None
             if before is not None and prompt[: len(before.token_ids)] == before.token_ids:
                 rows.pop()
@@ -226,6 +231,8 @@ class Template:
             else:
                 mask = [False] * len(prompt) + [True] * len(target)
                 rows.append(Row(token_ids=prompt + target, loss_mask=mask, prompt_length=len(prompt)))
+        if num_control:
+            counts["control_literals"] += num_control
         return rows
 
     def _completion(self, content: str, prefill: str) -> str:

@@ -91,37 +91,41 @@ def _fetch(url: str) -> list[DataFile]:
 
 def _from_hub(name: str, split: str) -> list[DataFile]:
     """Download the files of one split of a hub data set: `owner/name`, or `owner/name/config`."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     owner, repo, *config = name.split("/", 2)
     repo_id = f"{owner}/{repo}"
     try:
-        try:
-            names = HfApi().list_repo_files(repo_id, repo_type="dataset")
-            chosen = select_split(names, name=name, split=split, config=config[0] if config else None)
-            folder = Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=chosen))
-        except (OfflineModeIsEnabled, ConnectionError):
-            folder = Path(snapshot_download(repo_id, repo_type="dataset", local_files_only=True))
-            names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
-            chosen = select_split(names, name=name, split=split, config=config[0] if config else None)
+        names = _hub_names(repo_id)
+        if names is None:  # not reachable: what is in the local cache
+            cached = Path(snapshot_download(repo_id, repo_type="dataset", local_files_only=True))
+            names = [str(p.relative_to(cached)) for p in sorted(cached.rglob("*")) if p.is_file()]
+        chosen = select_split(names, name=name, split=split, config=config[0] if config else None)
+        folder = Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=chosen))
     except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         OSError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        HFValidationError,
+    ) as error:  # the hub's own errors, "not in the cache" included, are OSErrors
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
             f"{name}: no such file or folder here, and not to be had from the hub: {reason}"
         ) from error
     return [DataFile(folder / file, f"{repo_id}/{file}") for file in chosen]
+
+
+def _hub_names(repo_id: str) -> list[str] | None:
+    """Names of the data set's files; None where the hub cannot be reached."""
+    from huggingface_hub import HfApi, errors
+
+    unreachable: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the hub's own HTTP library
+    try:
+        info = HfApi().dataset_info(repo_id, timeout=20)
+    except errors.HfHubHTTPError:  # it answered, with no
+        raise
+    except (ConnectionError, unreachable):
+        return None
+    return [file.rfilename for file in info.siblings or []]
 
 
 def select_split(names: Sequence[str], *, name: str, split: str, config: str | None) -> list[str]:

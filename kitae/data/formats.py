@@ -138,7 +138,9 @@ def _instruction(record: dict[str, Any]) -> list[Message]:
     """Alpaca's shape: instruction, input, output, with LLaMA-Factory's system and history."""
     turns = _optional(record, "system")
     history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise RowError("expected a list of pairs of instruction and output", field="history")
     for pair in history:
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

@@ -9,7 +9,7 @@ from typing import Any
 
 from kitae.data.chat import Template
 from kitae.data.formats import Example
-from kitae.data.sources import OnProgress, Problems
+from kitae.data.sources import BadRows, OnProgress
 from kitae.errors import DataError
 from kitae.types import Problem
 
@@ -34,7 +34,7 @@ class RenderedProblems(Sequence[Problem]):
     ) -> None:
         self._dataset, self._template = dataset, template
         self._fitting = array("Q")
-        refused = Problems()
+        refused = BadRows()
         for i in range(len(dataset)):
             if on_progress is not None and i % 100 == 0:
                 on_progress(i)

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,13 +121,14 @@ def _read_json(path: Path, name: str) -> Records:
 
 def _is_array_of_records(text: str) -> bool:
     """Whether the file is one array. A bare list of turns a line starts with [ too, but then more lists follow."""
-    if not text.lstrip().startswith("["):
-        return False
-    first = text.lstrip().partition("\n")[0]
-    with suppress(RowError):
-        rest = text.lstrip()[len(first) :].strip()
-        return not (isinstance(strict_json(first), list) and rest)
-    return True
+    first, _, rest = text.lstrip().partition("\n")
+    if not first.startswith("[") or not rest.strip():
+        return first.startswith("[")
+    try:
+        strict_json(first)
+    except RowError:
+        return True
+    return False
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kitae.data.chat import Template
 from kitae.data.formats import Example
-from kitae.data.sources import OnProgress, Problems
+from kitae.data.sources import BadRows, OnProgress
 from kitae.data.store import RecordStore
 from kitae.errors import DataError
 from kitae.types import Row
@@ -37,21 +37,21 @@ class RenderedRows(Sequence[list[Row]]):
         self.counts: Counter[str] = Counter()
         """rows, tokens, taught_tokens; rows_cut, answers_cut, rows_dropped and control_literals of Template.rows."""
         self._store = RecordStore()
-        problems = Problems()
+        bad = BadRows()
         for i in range(len(dataset)):
             if on_progress is not None and i % 100 == 0:
                 on_progress(i)
             try:
                 rows = template.rows(dataset[i], max_length=max_length, counts=self.counts)
             except DataError as error:
-                problems.add(error)
+                bad.add(error)
                 continue
             if rows:
                 self._append(rows)
         self._store.finish()
         if on_progress is not None:
             on_progress(len(dataset))
-        problems.settle(skip=skip_bad, num_rows=len(dataset))
+        bad.settle(skip=skip_bad, num_rows=len(dataset))
         if not len(self._store):
             raise DataError(
                 f"none of {len(dataset)} rows has anything left to teach within data.max_length = {max_length} tokens"

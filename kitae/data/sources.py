@@ -12,6 +12,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import xxhash
@@ -31,7 +32,7 @@ OnProgress = Callable[[int], None]
 """Called with the number of rows read so far, now and then."""
 
 
-class Problems:
+class BadRows:
     """Bad rows: the first hundred as text, and how many there were."""
 
     def __init__(self) -> None:
@@ -94,37 +95,34 @@ def open_dataset(
     `split` is only for hub names (default: data.split). `max_rows` stops after that many good rows.
     """
     files = expand([paths] if isinstance(paths, str) else paths, split=split or data.split)
-    store, problems = RecordStore(), Problems()
+    store, bad = RecordStore(), BadRows()
     whole, hashes, num_read = xxhash.xxh3_128(), array("Q"), 0
-    for file in files:
-        for record, where in read_records(file.path, name=file.name):
-            if max_rows is not None and len(store) == max_rows:
-                break
-            num_read += 1
-            if on_progress is not None and num_read % 1000 == 0:
-                on_progress(num_read)
-            try:
-                if isinstance(record, RowError):
-                    raise record
-                example = to_example(
-                    record, data=data, purpose=purpose, need_answer=need_answer, source=where
-                )
-                content = _as_json([example.messages, example.answer, example.columns])
-            except RowError as error:
-                problems.add(f"{where}: {error}")
-                continue
-            whole.update(len(content).to_bytes(8, "little"))
-            whole.update(content)
-            hashes.append(xxhash.xxh3_64_intdigest(content))
-            store.append(b"[" + content + b"," + json.dumps(where).encode() + b"]")
+    for record, where in chain.from_iterable(read_records(file.path, name=file.name) for file in files):
+        if max_rows is not None and len(store) == max_rows:
+            break
+        num_read += 1
+        if on_progress is not None and num_read % 1000 == 0:
+            on_progress(num_read)
+        try:
+            if isinstance(record, RowError):
+                raise record
+            example = to_example(record, data=data, purpose=purpose, need_answer=need_answer, source=where)
+            content = _as_json([example.messages, example.answer, example.columns])
+        except RowError as error:
+            bad.add(f"{where}: {error}")
+            continue
+        whole.update(len(content).to_bytes(8, "little"))
+        whole.update(content)
+        hashes.append(xxhash.xxh3_64_intdigest(content))
+        store.append(b"[" + content + b"," + json.dumps(where).encode() + b"]")
     store.finish()
     if on_progress is not None:
         on_progress(num_read)
-    problems.settle(skip=data.on_bad_row == "skip", num_rows=num_read)
+    bad.settle(skip=data.on_bad_row == "skip", num_rows=num_read)
     if not len(store):
         names = ", ".join(file.name for file in files)
         raise DataError(f"no rows in {names}")
-    return Dataset(store, fingerprint=whole.hexdigest(), hashes=hashes, num_skipped=problems.total)
+    return Dataset(store, fingerprint=whole.hexdigest(), hashes=hashes, num_skipped=bad.total)
 
 
 def _as_json(value: Any) -> bytes:

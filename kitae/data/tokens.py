@@ -68,10 +68,6 @@ class TextEncoder:
         text = str(self._core.decode([*anchor, *shown], skip_special_tokens=False))
         return text.removeprefix(self._anchor)
 
-    def has_control(self, text: str, *, allowed: Iterable[str] = ()) -> bool:
-        """Whether the tokenizer would make a control token out of this text."""
-        return bool(self._spans(text, set(allowed)))
-
     def _prefix_anchor(self) -> str:
         """A line feed where the tokenizer puts a space before the start of a text (SentencePiece), else nothing."""
         alone, feed, after = (self.encode_template(text) for text in ("a", "\n", "\na"))
@@ -79,7 +75,7 @@ class TextEncoder:
 
     def _spans(self, text: str, allowed: set[str]) -> list[tuple[int, int]]:
         """Where the tokenizer sees control tokens in a text."""
-        if not self._normalizes and not self._search.search(text):
+        if not self._normalizes and allowed.issuperset(self._search.findall(text)):
             return []
         refused = self.ids.difference(self.control_ids.get(literal, -1) for literal in allowed)
         found = self._core.encode(text, add_special_tokens=False)

@@ -102,8 +102,8 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
     modules, parameters = _peft_targets(causal_lm, targets)
     if parameters and settings.dropout:
         raise ConfigError(
-            f"lora.dropout is {settings.dropout}, which adapters of fused experts cannot have; set it to 0, "
-            "or name only attention layers in lora.target_modules"
+            f"lora.dropout is {settings.dropout}, which adapters on the MLPs of a model with fused experts cannot "
+            "have; set it to 0, or name only attention layers in lora.target_modules"
         )
     config = LoraConfig(
         r=settings.rank,
@@ -233,7 +233,7 @@ def logical_size(parameter: nn.Parameter) -> int:
 def _peft_targets(causal_lm: Any, targets: Targets) -> tuple[list[str], list[str]]:
     """peft's target_modules and target_parameters for exactly these weights, by short names where they suffice."""
     everything = find_targets(causal_lm, "all-linear")
-    is_misread = {n: bool(targets.fused) and n.rpartition(".")[2] in MISREAD for n in everything.linears}
+    is_misread = {n: bool(everything.fused) and n.rpartition(".")[2] in MISREAD for n in everything.linears}
     modules = _shortest([n for n in targets.linears if not is_misread[n]], everything.linears, parts=1)
     parameters = _shortest([n for n in targets.linears if is_misread[n]], everything.linears, parts=2)
     fused = _shortest(targets.fused, everything.fused, parts=2)

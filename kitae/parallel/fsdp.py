@@ -68,11 +68,11 @@ def unsharded(policy: Policy) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in modules:
-            module.set_reshard_after_forward(
-                module is not modules[0], recurse=False
-            )  # the root's is off by default
-            module.reshard()
+        for number, module in enumerate(
+            modules
+        ):  # the root comes first; FSDP never reshards it after its forward
+            module.set_reshard_after_forward(number > 0, recurse=False)
+        drop_gathered(policy)
 
 
 def drop_gathered(policy: Policy) -> None:
@@ -83,6 +83,7 @@ def drop_gathered(policy: Policy) -> None:
 
 def full_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Each trainable parameter whole, one at a time; every rank must go through them. Shards come in compute dtype."""
+    drop_gathered(policy)
     for name, parameter in policy.named_trainable():
         tensor = parameter.detach()
         yield name, tensor.full_tensor().to(policy.dtype) if isinstance(tensor, DTensor) else tensor

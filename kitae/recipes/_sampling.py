@@ -14,6 +14,7 @@ from kitae.data.collate import collate, empty_batch, with_stream
 from kitae.models.policy import Policy
 from kitae.parallel.world import World
 from kitae.rewards import reasoning
+from kitae.rewards.math import final_answer, is_usable
 from kitae.rewards.pool import TIMEOUT, RewardPool
 from kitae.rollout.generic import GenericEngine
 from kitae.train.learner import Learner
@@ -65,6 +66,12 @@ class Judge:
         """A score per rollout, grouped alike."""
         scores = iter(self._pool.score([(r.text, r.problem) for group in groups for r in group]))
         return [[next(scores) for _ in group] for group in groups]
+
+    def num_right(self, groups: Groups) -> int:
+        """How many completions hold the gold answer, wherever they hold it; as `kitae evaluate` counts."""
+        found = [(final_answer(r.text)[0], r.problem.answer) for group in groups for r in group]
+        pairs = [(answer, gold) for answer, gold in found if answer is not None and is_usable(gold)]
+        return sum(verdict.value == 1.0 for verdict in self._pool.compare(pairs))
 
 
 class Scorer(Protocol):

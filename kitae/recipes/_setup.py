@@ -220,6 +220,10 @@ class Setup:
         def evaluate() -> dict[str, float]:
             groups = sampler.greedy(mine)
             found = summarise(groups, judge.score(groups), world=self.world, is_reasoning=self._is_reasoning)
+            right = torch.tensor(
+                float(judge.num_right(groups)), dtype=torch.float64, device=self.world.device
+            )
+            found["accuracy"] = self.world.sum(right).item() / len(problems)
             shown = ("accuracy", "reward", "format_rate", "completion_length", "truncated")
             return {f"eval/{name}": found[name] for name in shown if name in found}
 

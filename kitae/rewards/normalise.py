@@ -37,6 +37,7 @@ COSMETIC = re.compile(
     r"~|(?<!\\)\\(?:[!,;:> ]|(?:left|right|displaystyle|limits|bigl|bigr|big|Big|quad|qquad)(?![A-Za-z]))"
 )
 FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname|rm)\s*\{([^{}]*)\}")
+END_MARKS = ".,;: "
 REPLACEMENTS = (
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\{,\}"), ","),
@@ -72,7 +73,7 @@ def normalise(text: str) -> str:
         text = FONT.sub(r" \1 ", text)
     for pattern, replacement in REPLACEMENTS[3:]:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(".,;: ")
+    return text.strip().rstrip(END_MARKS)
 
 
 def _plain_characters(text: str) -> str:
@@ -99,6 +100,7 @@ def _unwrap(text: str) -> str:
     """Take off what encloses the whole answer: dollar signs, brackets of display mode, emphasis, \\boxed."""
     while True:
         before = text
+        text = text.rstrip(END_MARKS)
         for left, right in WRAPPERS:
             inner = text[len(left) : -len(right)]
             if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right):

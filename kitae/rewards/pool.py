@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from kitae.rewards.worker import SLOT_BYTES
 from kitae.types import Problem, Score
 
 TIMEOUT = "timeout"
+WALL_PER_CPU_SECOND = 5.0
+"""Built-in rewards are limited in CPU time, so that a busy machine changes no score; in wall time at this multiple."""
 START_NURSERY = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[3]); "
     "from kitae.rewards.worker import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -41,6 +44,7 @@ class RewardPool:
         """Start the processes. A function that is missing or has the wrong signature is a ConfigError here."""
         self.settings = settings
         self._nursery = _Nursery(settings)
+        self._wall_s = settings.timeout_s * (WALL_PER_CPU_SECOND if self._nursery.is_builtin else 1.0)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._nursery, slot) for slot in range(settings.num_workers)]
         for worker in self._workers:
@@ -99,7 +103,7 @@ class RewardPool:
         line = json.dumps(request, default=str).encode() + b"\n"
         worker = self._idle.get()
         try:
-            return worker.ask(line, timeout_s=self.settings.timeout_s)
+            return worker.ask(line, timeout_s=self._wall_s)
         finally:
             self._idle.put(worker)
 
@@ -141,21 +145,21 @@ class _Nursery:
         self.is_builtin: bool = ready["is_builtin"]
         self.out_of_budget: float | None = ready["out_of_budget"]
 
-    def fork(self, slot: int) -> socket.socket:
-        """A fresh worker's connection; what sat in the slot before is killed and reaped first."""
+    def fork(self, slot: int) -> tuple[socket.socket, int]:
+        """A fresh worker's connection; what sat in the slot before is killed and reaped, and its exit code returned."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             try:
                 socket.send_fds(self._control, [slot.to_bytes(SLOT_BYTES, "big")], [theirs.fileno()])
-                is_ready = _read_line(self._control) == b"\n"
+                exit_code = _read_line(self._control)
             except ConnectionError:
-                is_ready = False
-        if not is_ready:
+                exit_code = b""
+        if not exit_code:
             ours.close()
             raise RewardError(
                 "the process that starts reward workers was ended from outside; start the run again"
             )
-        return ours
+        return ours, int(exit_code)
 
     def close(self) -> None:
         self._control.close()
@@ -168,7 +172,7 @@ class _Worker:
     def __init__(self, nursery: _Nursery, slot: int) -> None:
         self._nursery = nursery
         self._slot = slot
-        self._connection = nursery.fork(slot)
+        self._connection, _ = nursery.fork(slot)
 
     def ask(self, request: bytes, *, timeout_s: float) -> dict[str, Any]:
         """The worker's reply, or what became of the worker."""
@@ -181,18 +185,21 @@ class _Worker:
             return {"exhausted": TIMEOUT}
         except ConnectionError:
             line = b""
-        if not line:
-            self._replace()
-            return {"error": "ended its worker process"}
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _replace(self) -> None:
-        self.close()
-        self._connection = self._nursery.fork(self._slot)
+        if line:
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        exit_code = self._replace()
+        if exit_code == -signal.SIGPROF:
+            return {"exhausted": TIMEOUT}
+        return {"error": f"ended its worker process (exit code {exit_code})"}
 
     def close(self) -> None:
         self._connection.close()
+
+    def _replace(self) -> int:
+        self.close()
+        self._connection, exit_code = self._nursery.fork(self._slot)
+        return exit_code
 
 
 def _read_line(connection: socket.socket) -> bytes:

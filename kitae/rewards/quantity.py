@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+"
+PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ ]\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 NUMBER = re.compile(
     rf"""(?P<sign>[+-]?)\s*(?P<currency>[$\u20ac\u00a3\u00a5\u20b9]?)\s*(?:
         (?P<whole>\d+)\s*(?:\\frac\{{(?P<top1>\d+)\}}\{{(?P<bottom1>\d+)\}}|\ (?P<top2>\d+)\s*/\s*(?P<bottom2>\d+))

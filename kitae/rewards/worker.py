@@ -36,19 +36,21 @@ def main(control_fd: int, settings_json: str) -> None:
     """Run the nursery: load and warm up the reward, report, then fork a worker for every slot asked for."""
     _print_to_stderr()
     control = socket.socket(fileno=control_fd)
+    settings = RewardSettings.model_validate_json(settings_json)
     try:
-        reward = load_reward(RewardSettings.model_validate_json(settings_json))
+        reward = load_reward(settings)
     except KitaeError as error:
         control.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
         return
     _warm_up()
     ready = {"is_builtin": reward.is_builtin, "out_of_budget": reward.out_of_budget}
     control.sendall(json.dumps(ready).encode() + b"\n")
-    _fork_on_request(control, reward)
+    # A user's function may use several threads, or none while it waits: only the pool's clock limits it.
+    _fork_on_request(control, reward, cpu_seconds=settings.timeout_s if reward.is_builtin else 0.0)
 
 
-def _fork_on_request(control: socket.socket, reward: Reward) -> None:
-    """Keep one worker per slot until the pool closes its end."""
+def _fork_on_request(control: socket.socket, reward: Reward, *, cpu_seconds: float) -> None:
+    """Keep one worker per slot until the pool closes its end; answer each request with the last one's exit code."""
     nursery = os.getpid()
     workers: dict[int, int] = {}
     try:
@@ -57,25 +59,28 @@ def _fork_on_request(control: socket.socket, reward: Reward) -> None:
             if not message:
                 return
             slot = int.from_bytes(message, "big")
-            _end(workers.pop(slot, None))
+            exit_code = _end(workers.pop(slot)) if slot in workers else 0
             pid = os.fork()
             if pid == 0:
-                _work(control, socket.socket(fileno=fds[0]), reward, parent=nursery)
+                connection = socket.socket(fileno=fds[0])
+                _work(control, connection, reward, cpu_seconds=cpu_seconds, parent=nursery)
             workers[slot] = pid
             os.close(fds[0])
-            control.sendall(b"\n")
+            control.sendall(f"{exit_code}\n".encode())
     finally:
         for pid in workers.values():
             _end(pid)
 
 
-def _end(pid: int | None) -> None:
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+def _end(pid: int) -> int:
+    """Kill a worker unless it has ended by itself, and return its exit code: minus the signal, if there was one."""
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _work(control: socket.socket, connection: socket.socket, reward: Reward, *, parent: int) -> NoReturn:
+def _work(
+    control: socket.socket, connection: socket.socket, reward: Reward, *, cpu_seconds: float, parent: int
+) -> NoReturn:
     """In a forked worker: judge one request after another until the pool hangs up, then leave at once."""
     try:
         control.close()
@@ -83,7 +88,10 @@ def _work(control: socket.socket, connection: socket.socket, reward: Reward, *, 
         _limit_resources()
         with connection.makefile("rb") as requests:
             for line in requests:
-                connection.sendall(json.dumps(_answer(reward, json.loads(line))).encode() + b"\n")
+                signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # ends this process by SIGPROF
+                reply = _answer(reward, json.loads(line))
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                connection.sendall(json.dumps(reply).encode() + b"\n")
     finally:
         os._exit(0)  # never return into the nursery's code, whatever happened
 

@@ -69,7 +69,7 @@ class Scheduler:
         return gone
 
     def compact(self) -> list[tuple[int, int]]:
-        """Move rows down until all slots in use are below width(); returns (from, to) pairs."""
+        """Move rows down until all slots in use are below width; returns (from, to) pairs."""
         moves = []
         for request in self.running:
             if request.slot >= self.width:

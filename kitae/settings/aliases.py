@@ -17,10 +17,10 @@ from kitae.settings.draft import as_bool
 Effect = Literal["maps", "together", "warns", "limited"]
 Convert = Callable[[Any], Any]
 
-HF, NOTEBOOK = "Hugging Face", "notebook"
+HF, NOTEBOOK, KITAE = "Hugging Face", "notebook", "kitae"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
 SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
-USE = ("evaluate", "generate", "chat")
+USE = ("evaluate", "generate", "chat", "compare")
 
 
 class Unset:
@@ -473,6 +473,7 @@ def _notebook() -> list[Alias]:
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
+        _Writer(KITAE, (*USE, "trace")).maps("--json", "json_file"),
         a.maps("--model_name_or_path", "model"),
         a.maps("--model_revision", "revision"),
         a.maps("--tokenizer_name --tokenizer_name_or_path --tokenizer_dir", "tokenizer"),

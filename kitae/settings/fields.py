@@ -87,7 +87,11 @@ def flat_names(known: Mapping[str, Setting]) -> dict[str, str]:
 
 def _collect(root: type[Section], *, prefix: str, defaults: Section | None, into: dict[str, Setting]) -> None:
     for name, field in root.model_fields.items():
-        default = getattr(defaults, name) if defaults is not None else field.get_default()
+        default = (
+            getattr(defaults, name)
+            if defaults is not None
+            else field.get_default(call_default_factory=True, validated_data={})
+        )
         section = _as_section(field.annotation)
         if section is not None:
             inner = default if isinstance(default, Section) else None

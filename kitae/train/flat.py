@@ -37,6 +37,7 @@ class FlatParameters:
     """The trainable parameters of a policy; `grad` is the one flat buffer behind all their gradients."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        assert named, "a policy without trainable parameters"
         locals_ = [_local(parameter) for _, parameter in named]
         self.is_sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
         sizes = [local.numel() for local in locals_]

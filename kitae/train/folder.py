@@ -56,7 +56,7 @@ class Lock:
                 raise
             raise LockedError(_who_holds(path)) from error
         # A forked worker must not keep the lock when this process is killed.
-        os.register_at_fork(after_in_child=self.release)
+        os.register_at_fork(after_in_child=self._close)
         owner = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -67,6 +67,11 @@ class Lock:
         write_all(self._descriptor, json.dumps(owner).encode() + b"\n")
 
     def release(self) -> None:
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self._close()
+
+    def _close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -105,7 +110,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool, checkpoint_bytes: int,
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / "lock")
     except ValueError as error:
-        raise RunDirError(f"output_dir {str(folder)!r} is no usable path: {error}") from error
+        raise RunDirError(f"output_dir {str(folder)!r} is no usable path: {error}; choose another") from error
     except (OSError, RuntimeError) as error:
         raise _unusable(folder, error) from error
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -59,6 +61,45 @@ class ProgressView:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class LastingStderr:
+    """The error stream, which may go away: a closed terminal, a reader that left. Then what is printed is dropped.
+
+    The run goes on; train.log has every line.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_lost = False
+
+    def write(self, text: str) -> int:
+        try:
+            if not self._is_lost:
+                self._stream.write(text)
+        except OSError:
+            self._is_lost = True
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            if not self._is_lost:
+                self._stream.flush()
+        except OSError:
+            self._is_lost = True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def make_console(*, is_quiet: bool) -> Console:
+    """The console that a run's bar and lines go to."""
+    return Console(file=cast(TextIO, LastingStderr(sys.stderr)), quiet=is_quiet)
 
 
 class _TimeLeft(ProgressColumn):

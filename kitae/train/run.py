@@ -13,6 +13,7 @@ After the body of a step come, in this order: evaluation, metrics line, checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -24,7 +25,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 
 from kitae import errors
@@ -37,7 +37,7 @@ from kitae.train.files import disk_errors, read_json
 from kitae.train.identity import differences, identity, machine
 from kitae.train.logs import FILE_ONLY, RunLog
 from kitae.train.metrics import Window, require_writers
-from kitae.train.progress import ProgressView, duration, summary
+from kitae.train.progress import ProgressView, duration, make_console, summary
 from kitae.train.record import Record
 from kitae.train.stop import SIGNALS, StopSignals, exit_code
 
@@ -97,7 +97,7 @@ class Run:
         self._record: Record | None = None
         self._progress: ProgressView | None = None
         self._logs: RunLog | None = None
-        self._console = Console(stderr=True, quiet=not world.is_main)
+        self._console = make_console(is_quiet=not world.is_main)
         self._signals = StopSignals(says=world.is_main, at_once=self._leave_at_once)
 
     # ------------------------------------------------------------------------------------------ opening
@@ -549,12 +549,9 @@ class Run:
 
     def _leave_at_once(self, code: int) -> None:
         """Called by the second stop signal, just before the process leaves."""
-        if self._record is None:
-            return
-        try:
-            self._record.exit(code, "stopped at once by a second signal", step=self.step)
-        except RunDirError as problem:
-            os.write(2, f"{problem}\n".encode())
+        if self._record is not None:
+            with contextlib.suppress(RunDirError):  # a full disk: the exit code still says it
+                self._record.exit(code, "stopped at once by a second signal", step=self.step)
 
     def _close_progress(self) -> None:
         if self._progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -54,9 +55,13 @@ class StopSignals:
         self._tell(f"{name}: finishing this step, then saving (once more to leave at once)\n")
 
     def _tell(self, text: str) -> None:
-        """Straight to the terminal: a handler may strike inside print or logging, which are not reentrant."""
+        """Straight to the terminal: a handler may strike inside print or logging, which are not reentrant.
+
+        The terminal may be gone (that is what SIGHUP says); the run is saved all the same.
+        """
         if self._says:
-            os.write(2, f"\n{text}".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}".encode())
 
 
 def exit_code(error: BaseException | None) -> int:

@@ -276,14 +276,17 @@ def test_begin_of_sequence_is_written_once(real_tokenizer):
             continue
         template = Template.load(real_tokenizer, data=DataSettings(**settings))
         ids, _ = template.prompt(conversation("a", system="s"))
-        assert ids.count(real_tokenizer.bos_token_id) <= 1
+        assert ids[:2] != [real_tokenizer.bos_token_id] * 2
+
+
+def test_a_template_that_writes_begin_of_sequence_twice_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = (
+        "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(ModelError, match="two begin-of-sequence tokens"):
-        toy_with_bos = make_tokenizer()
-        toy_with_bos.bos_token = "<|im_start|>"
-        toy_with_bos.chat_template = (
-            "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        )
-        Template.load(toy_with_bos, data=DataSettings())
+        Template.load(tokenizer, data=DataSettings())
 
 
 def test_sentencepiece_turns_join_as_the_whole_text_would(shared_data, shown):
@@ -351,7 +354,7 @@ def test_missing_templates_are_named():
         toy(template="nowhere.jinja")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(ModelError, match="has no chat template; set data.template"):
+    with pytest.raises(ModelError, match=r"has no chat template; set data\.template"):
         Template.load(tokenizer, data=DataSettings())
 
 
@@ -379,9 +382,10 @@ def test_a_templates_complaint_names_the_row():
         "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
         + make_tokenizer().chat_template
     )
+    example = Example(messages=conversation("a", "b", "c", "d"), source="f.jsonl:9")
+    loaded = toy(chat_template=template)
     with pytest.raises(DataError, match=r"f\.jsonl:9: .* refuses this conversation: too long"):
-        example = Example(messages=conversation("a", "b", "c", "d"), source="f.jsonl:9")
-        toy(chat_template=template).rows(example, max_length=99)
+        loaded.rows(example, max_length=99)
 
 
 def test_the_form_instruction_speaks_the_language_of_the_data(r1):

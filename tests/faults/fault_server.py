@@ -70,14 +70,20 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, output_dir: Path, *, is_stopped: bool = False, **options: Any) -> Life:
-        """A new life; is_stopped: it waits for SIGCONT before its first line, so that a tracer can attach."""
+    def start(
+        self, output_dir: Path, *, is_stopped: bool = False, is_unheard: bool = False, **options: Any
+    ) -> Life:
+        """A new life; is_stopped: it waits for SIGCONT before its first line, so that a tracer can attach.
+
+        is_unheard: its terminal is gone, and what it prints is an error.
+        """
         self.count += 1
         output = self.folder / f"life_{self.count}.txt"
         pid = self.ask(
             command="start",
             output=str(output),
             is_stopped=is_stopped,
+            is_unheard=is_unheard,
             options={"output_dir": str(output_dir), **options},
         )
         return Life(self, pid, output)
@@ -132,6 +138,10 @@ def live(command: dict[str, Any]) -> None:
     os.dup2(null, 0)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if command["is_unheard"]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
     if command["is_stopped"]:
         os.kill(os.getpid(), signal.SIGSTOP)
     code = 0

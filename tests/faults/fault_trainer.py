@@ -110,11 +110,13 @@ def train(
     seconds_per_step: float = 0.0,
     seconds_per_save: float = 0.0,
     raise_at: int = 0,
+    threads: int = 1,
     facts: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     **opening: Any,
 ) -> Trainer:
     """Train to the end, or go on with resume=True."""
+    torch.set_num_threads(threads)
     settings = {"train": {"seed": seed, "max_steps": total}, "width": width, **(config or {})}
     with Run.open(
         output_dir,

@@ -42,7 +42,7 @@ def fill(folder: Path, *, leave: int) -> None:
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(server: Server, small_disk: Path) -> None:
-    fill(small_disk, leave=400_000)
+    fill(small_disk, leave=250_000)
     life = server.run(small_disk / "run", **OPTIONS)
     assert life.code == 2
     assert "disk too small: need" in life.text()

@@ -32,16 +32,31 @@ def test_a_second_run_is_refused_and_names_the_first(server: Server, tmp_path: P
     assert server.run(folder, resume=True).code == 0
 
 
-def test_a_forked_worker_does_not_keep_the_lock(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "lock")
+def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    run = os.fork()
+    if run == 0:
+        Lock(tmp_path / "lock")
+        worker = os.fork()
+        if worker == 0:
+            os.write(writer, str(os.getpid()).encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(reader, 20))
+    try:
+        with pytest.raises(LockedError, match=f"process {run} "):
+            Lock(tmp_path / "lock")
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+        Lock(tmp_path / "lock").release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_released_lock_can_be_taken_again(tmp_path: Path) -> None:
+    first = Lock(tmp_path / "lock")
+    first.release()
+    second = Lock(tmp_path / "lock")
     with pytest.raises(LockedError):
         Lock(tmp_path / "lock")
-    reader, writer = os.pipe()
-    worker = os.fork()
-    if worker == 0:
-        os.read(reader, 1)
-        os._exit(0)
-    lock.release()
-    Lock(tmp_path / "lock").release()
-    os.write(writer, b"x")
-    os.waitpid(worker, 0)
+    second.release()

@@ -52,7 +52,7 @@ def test_signals_at_random_times_lose_nothing(server: Server, undisturbed, tmp_p
     while code != 0:
         life = server.start(folder, resume=True, **OPTIONS)
         wait_for_step(folder, 1, life)
-        time.sleep(rng.uniform(0.05, 0.15))
+        time.sleep(rng.uniform(0.1, 0.3))
         life.signal(signal.SIGTERM)
         code = life.wait()
         assert code in (0, 143), life.text()
@@ -120,3 +120,14 @@ def test_a_signal_before_the_first_step_leaves_with_its_code(server: Server, tmp
     life.signal(signal.SIGTERM)
     assert life.wait() == 143
     assert "stopped by SIGTERM before the first step" in life.text()
+
+
+def test_a_closed_terminal_does_not_lose_the_run(server: Server, undisturbed, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    life = server.start(folder, is_unheard=True, **OPTIONS)
+    wait_for_step(folder, 6, life)
+    life.signal(signal.SIGHUP)
+    assert life.wait() == 129
+    assert json.loads((folder / "exit.json").read_text())["code"] == 129
+    assert server.run(folder, resume=True, is_unheard=True, **OPTIONS).code == 0
+    assert (numbers(folder), weights(folder)) == undisturbed(**OPTIONS)

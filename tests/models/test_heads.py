@@ -16,7 +16,7 @@ KEPT = [[] if n % 3 == 0 else sorted({n % V, (7 * n) % V, (n + 1) % V}) for n in
 def problem(*, bias: bool = False, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(N, H, generator=generator, requires_grad=True)
-    weight = torch.randn(V, H, generator=generator, requires_grad=True)
+    weight = (torch.randn(V, H, generator=generator) / 3).requires_grad_()
     bias_V = torch.randn(V, generator=generator, requires_grad=True) if bias else None
     targets = torch.arange(N) % V
     coefficients = torch.randn(N, generator=generator)
@@ -24,15 +24,16 @@ def problem(*, bias: bool = False, seed: int = 0):
 
 
 def slow(hidden, weight, bias, targets, *, temperature=1.0, kept=None):
-    """Log-probs and entropies, one prediction at a time, the softmax written out."""
+    """Log-probs and entropies, one prediction at a time, the softmax written out in float64."""
     logprobs, entropies = [], []
+    hidden, weight, bias = (x if x is None else x.double() for x in (hidden, weight, bias))
     for n in range(len(hidden)):
         logits = (weight @ hidden[n] + (0 if bias is None else bias)) / temperature
         ids = list(kept[n]) if kept is not None and kept[n] else list(range(V))
         p = logits[ids].exp() / logits[ids].exp().sum()
         logprobs.append(p[ids.index(int(targets[n]))].log())
         entropies.append(-(p * p.log()).sum())
-    return torch.stack(logprobs), torch.stack(entropies)
+    return torch.stack(logprobs).float(), torch.stack(entropies).float()
 
 
 def gradients(inputs):

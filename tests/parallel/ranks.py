@@ -25,9 +25,10 @@ from kitae.types import Packing, Row, Segment
 
 CASES: dict[str, dict[str, Any]] = {
     "full": {"model": "qwen3"},
-    "moe": {"model": "deepseek_v3", "loss": clipped_policy_gradient},
+    "moe": {"model": "deepseek_v3", "loss": clipped_policy_gradient, "gradient_checkpointing": True},
     "idle_rank": {"model": "llama", "first_rank": 9},
     "adafactor": {"model": "llama", "optimizer": "adafactor"},
+    "bfloat16": {"model": "qwen3", "dtype": "bfloat16"},
     "lora": {"model": "qwen3", "rank": 4},
     "lora_moe": {"model": "deepseek_v3", "rank": 4},
     "qlora": {"model": "llama", "rank": 4, "quantization": "nf4"},
@@ -53,14 +54,17 @@ def make_learner(case: dict[str, Any], models: dict[str, str], world: World) -> 
     rank = case.get("rank", 0)
     model = ModelSettings(
         name_or_path=models[case["model"]],
-        dtype="float32",
+        dtype=case.get("dtype", "float32"),
         device="cpu",
         quantization=case.get("quantization", "none"),
         seams=case.get("seams", {}),
+        gradient_checkpointing=case.get("gradient_checkpointing", False),
     )
     policy = load_policy(model, lora=LoraSettings(rank=rank) if rank else None)
     shard(policy, world)
-    optim = OptimSettings(name=case.get("optimizer", "adamw"), learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1)
+    optim = OptimSettings(
+        name=case.get("optimizer", "adamw"), learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1
+    )
     return Learner(policy, optim=optim, total_steps=4, world=world)
 
 
@@ -143,7 +147,9 @@ def main(models: dict[str, str], folder: Path) -> None:
     report: dict[str, Any] = {"metrics": {}}
     for name, case in CASES.items():
         report["metrics"][name], tensors = train(case, models, world)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.{world.rank}")
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.{world.rank}"
+        )
     report["sum"] = world.sum(torch.tensor([1.0, world.rank])).tolist()
     report["gathered"] = world.gather_json({"rank": world.rank, "text": "é" * (1 + 50 * world.rank)})
     report["broadcast"] = world.broadcast_json([f"from {world.rank}", None, 0.1])

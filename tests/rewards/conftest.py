@@ -19,7 +19,9 @@ def pool():
 def reward_file(tmp_path):
     """A function body of a user's reward -> its setting, file.py:reward."""
 
-    def write(body: str, *, signature: str = "completion, *, prompt, answer, **columns", before: str = "") -> str:
+    def write(
+        body: str, *, signature: str = "completion, *, prompt, answer, **columns", before: str = ""
+    ) -> str:
         lines = "\n".join(f"    {line}" for line in body.splitlines())
         path = tmp_path / "my_reward.py"
         path.write_text(f"{before}\ndef reward({signature}):\n{lines}\n")

@@ -1,10 +1,11 @@
 """What counts as the same answer. The table is the policy of docs/rewards.md; nothing in it is hostile."""
 
+import itertools
 import json
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitae.rewards.math import equivalent, final_answer, last_boxed, reward
@@ -76,6 +77,7 @@ SPELLINGS = [
 ]
 
 
+@settings(deadline=None)  # the first one that needs symbols imports them
 @given(FINITE, FINITE, st.sampled_from(SPELLINGS), st.sampled_from(SPELLINGS))
 def test_spellings_of_numbers_are_equal_exactly_if_the_numbers_are(x, y, spell_x, spell_y):
     assert equivalent(spell_x(x), spell_y(x))
@@ -84,9 +86,14 @@ def test_spellings_of_numbers_are_equal_exactly_if_the_numbers_are(x, y, spell_x
 
 @given(st.integers(-(10**12), 10**12))
 def test_thousands_separators_do_not_change_a_number(n):
-    assert equivalent(f"{n:,}", str(n)) and equivalent(f"${n:,}.00", str(n)) and not equivalent(f"{n:,}", str(n + 1))
+    assert (
+        equivalent(f"{n:,}", str(n))
+        and equivalent(f"${n:,}.00", str(n))
+        and not equivalent(f"{n:,}", str(n + 1))
+    )
 
 
+@settings(deadline=None)
 @given(st.lists(FINITE, min_size=2, max_size=5), st.randoms())
 def test_only_unbracketed_lists_may_be_shuffled(values, random):
     shuffled = random.sample(values, len(values))
@@ -126,7 +133,9 @@ def test_the_final_answer_is_found_and_where(text, answer, how):
     assert final_answer(text) == (answer, how)
 
 
-@given(st.lists(st.sampled_from([r"\boxed{", "{", "}", r"\{", r"\}", "\\", "1", " "]), max_size=20).map("".join))
+@given(
+    st.lists(st.sampled_from([r"\boxed{", "{", "}", r"\{", r"\}", "\\", "1", " "]), max_size=20).map("".join)
+)
 def test_last_boxed_agrees_with_counting_braces(text):
     assert last_boxed(text) == slow_last_boxed(text)
 
@@ -172,10 +181,14 @@ def test_graded_model_outputs_are_judged_as_their_labels_say(shared_data, pool):
 
 def test_gold_answers_of_math_equal_their_own_spellings_and_no_neighbours(shared_data, pool):
     golds = json.loads((shared_data / "math" / "math_train_answers.json").read_text())
-    distinct = sorted({row["answer"] for row in golds})[::12]
+    distinct = sorted({row["answer"] for row in golds if row["answer"]})[::24]
     respelled = [(f"$\\boxed{{{gold}}}$.".replace("\\frac", "\\dfrac"), gold) for gold in distinct]
-    wrong = [pair for pair, verdict in zip(respelled, pool.compare(respelled), strict=True) if verdict.value != 1.0]
+    wrong = [
+        pair for pair, verdict in zip(respelled, pool.compare(respelled), strict=True) if verdict.value != 1.0
+    ]
     assert not wrong
-    neighbours = list(zip(distinct, distinct[1:], strict=False))
-    equal = [pair for pair, verdict in zip(neighbours, pool.compare(neighbours), strict=True) if verdict.value]
+    neighbours = list(itertools.pairwise(distinct))
+    equal = [
+        pair for pair, verdict in zip(neighbours, pool.compare(neighbours), strict=True) if verdict.value
+    ]
     assert len(equal) <= 3, equal  # such as "20" and "20 \%", which are the same by our rules

@@ -84,7 +84,10 @@ REASONS = [
     ("<think>13</think><answer>no idea</answer>", "wrong: no idea, expected 13"),
     ("<think>6</think><answer>\n13\n</answer>", "right"),
     ("<think>6</think><answer>12 or 13</answer>", "wrong: 12 or 13, expected 13"),
-    ("<think>6</think><answer>" + "1" * 2001 + "</answer>", "wrong: answer of 2001 characters, at most 2000 are read"),
+    (
+        "<think>6</think><answer>" + "1" * 2001 + "</answer>",
+        "wrong: answer of 2001 characters, at most 2000 are read",
+    ),
 ]
 
 
@@ -159,6 +162,8 @@ def test_a_megabyte_is_read_in_linear_time(number, form, pool):
     from kitae.types import Problem
 
     # In a worker: were the scan quadratic, this would run into the limit instead of hanging the test.
-    (score,) = pool.score([(MEGABYTE[number], Problem(prompt="", token_ids=[], answer="13", columns={"form": form}))])
+    (score,) = pool.score(
+        [(MEGABYTE[number], Problem(prompt="", token_ids=[], answer="13", columns={"form": form}))]
+    )
     expected = 10.0 if MEGABYTE[number].endswith("</answer>") and "<think>" in MEGABYTE[number] else 0.0
     assert score.value == expected and score.reason != "timeout"

@@ -48,7 +48,9 @@ def make_learner(folder, *, dtype: str = "float32", rank: int = 0, **optim) -> L
     return Learner(policy, optim=OptimSettings(**settings), total_steps=10, world=World())
 
 
-def gradient(learner: Learner, rows: list[Row], loss_fn=cross_entropy, *, rows_per_forward: int, **options) -> Tensor:
+def gradient(
+    learner: Learner, rows: list[Row], loss_fn=cross_entropy, *, rows_per_forward: int, **options
+) -> Tensor:
     batches = collate(rows, rows_per_forward=rows_per_forward, **options)
     learner.forward_backward(batches, loss_fn, denominator=TAUGHT)
     found = learner.flat.grad.clone()
@@ -105,7 +107,11 @@ def test_the_gradient_does_not_depend_on_how_rows_are_cut_into_passes(tiny, loss
 def test_a_shared_prompt_does_not_change_the_gradient(tiny):
     prompt = list(range(10, 30))
     rows = [
-        Row(token_ids=prompt + r.token_ids, loss_mask=[False] * 20 + [True] * len(r.token_ids), prompt_length=20)
+        Row(
+            token_ids=prompt + r.token_ids,
+            loss_mask=[False] * 20 + [True] * len(r.token_ids),
+            prompt_length=20,
+        )
         for r in ROWS
     ]
     learner = make_learner(tiny())
@@ -153,7 +159,9 @@ def test_low_precision_gradients_are_accumulated_in_float32(tiny):
 def test_metrics_are_sums_over_the_denominator_and_entropy_comes_when_asked(tiny):
     learner = make_learner(tiny())
     batches = collate(ROWS, rows_per_forward=3)
-    metrics = learner.forward_backward(batches, clipped_policy_gradient, denominator=TAUGHT, with_entropy=True)
+    metrics = learner.forward_backward(
+        batches, clipped_policy_gradient, denominator=TAUGHT, with_entropy=True
+    )
     (batch,) = collate(ROWS, rows_per_forward=7)
     with torch.no_grad():
         logprobs_N, entropy_N = learner.policy(batch, with_entropy=True)
@@ -176,16 +184,19 @@ def test_training_equals_a_plain_torch_loop(tiny, max_grad_norm):
         lr=1e-3,
         eps=1e-4,
     )
-    learner = make_learner(folder, learning_rate=1e-3, weight_decay=0.1, epsilon=1e-4, max_grad_norm=max_grad_norm)
+    learner = make_learner(
+        folder, learning_rate=1e-3, weight_decay=0.1, epsilon=1e-4, max_grad_norm=max_grad_norm
+    )
     for _ in range(3):
         loss = plain_loss(model, ROWS)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or 1e9)
         plain.step()
         plain.zero_grad()
-        metrics = learner.forward_backward(
-            collate(ROWS, rows_per_forward=3), cross_entropy, denominator=TAUGHT
-        ) | learner.optim_step()
+        metrics = (
+            learner.forward_backward(collate(ROWS, rows_per_forward=3), cross_entropy, denominator=TAUGHT)
+            | learner.optim_step()
+        )
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
         assert metrics["learning_rate"] == 1e-3
@@ -231,7 +242,8 @@ def infinite_gradient(out, weights_N, **_):
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "told"), [(nan_loss, "loss became nan in forward pass 1 of 3"), (infinite_gradient, "gradient norm is")]
+    ("loss_fn", "told"),
+    [(nan_loss, "loss became nan in forward pass 1 of 3"), (infinite_gradient, "gradient norm is")],
 )
 def test_a_non_finite_step_stops_and_changes_no_weight(tiny, loss_fn, told):
     learner = make_learner(tiny())
@@ -283,7 +295,9 @@ def fail_when(policy, is_too_much, *, where: str) -> list[int]:
             return ordinary(batch, **options)
         if where == "forward":
             raise RuntimeError(OOM)
-        embedding = policy.causal_lm.get_input_embeddings()  # its backward comes last: all other gradients are there
+        embedding = (
+            policy.causal_lm.get_input_embeddings()
+        )  # its backward comes last: all other gradients are there
         handle = embedding.register_forward_hook(lambda *args: _FailingBackward.apply(args[-1]))
         try:
             return ordinary(batch, **options)
@@ -332,7 +346,9 @@ def test_later_passes_of_that_size_are_cut_before_they_are_tried(tiny, caplog):
 def test_a_single_row_that_does_not_fit_is_refused_with_an_estimate(tiny):
     learner = make_learner(tiny())
     fail_when(learner.policy, lambda calls: True, where="forward")
-    with pytest.raises(PlanError, match=r"cannot be cut further .*about \d+\.\d\d GiB and .* GiB are free; lower"):
+    with pytest.raises(
+        PlanError, match=r"cannot be cut further .*about \d+\.\d\d GiB and .* GiB are free; lower"
+    ):
         learner.forward_backward(collate(ROWS, rows_per_forward=4), cross_entropy, denominator=TAUGHT)
 
 
@@ -406,5 +422,5 @@ def test_a_state_of_other_parameters_or_ranks_is_refused(tiny):
         make_learner(tiny(), rank=4).load_state(saved)
     with pytest.raises(CheckpointError, match="None in the checkpoint"):
         make_learner(tiny()).load_state(saved)
-    with pytest.raises(CheckpointError, match="written by 3 ranks .* --nproc_per_node 3"):
+    with pytest.raises(CheckpointError, match=r"written by 3 ranks .* --nproc_per_node 3"):
         make_learner(tiny(), rank=2).load_state({**saved, "world_size": 3})

@@ -21,17 +21,22 @@ def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def per_parameter(name: str, params: dict[str, nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+def per_parameter(
+    name: str, params: dict[str, nn.Parameter], settings: OptimSettings
+) -> torch.optim.Optimizer:
     """The library's optimizer on ordinary parameters, decay on matrices only."""
     groups = [
-        {"params": [p], "weight_decay": settings.weight_decay if p.ndim >= 2 else 0.0} for p in params.values()
+        {"params": [p], "weight_decay": settings.weight_decay if p.ndim >= 2 else 0.0}
+        for p in params.values()
     ]
     betas = (settings.beta1, settings.beta2)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon)
     if name == "adamw_8bit":
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        return bitsandbytes.optim.AdamW8bit(groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon)
+        return bitsandbytes.optim.AdamW8bit(
+            groups, lr=settings.learning_rate, betas=betas, eps=settings.epsilon
+        )
     return transformers.optimization.Adafactor(
         groups, lr=settings.learning_rate, scale_parameter=False, relative_step=False
     )
@@ -59,7 +64,9 @@ def test_weight_decay_leaves_vectors_alone():
     before = {key: p.detach().clone() for key, p in params.items()}
     flat = FlatParameters(list(params.items()))
     settings = OptimSettings(learning_rate=0.1, weight_decay=0.5)
-    make_optimizer(settings, [slot.master for slot in flat.slots], world=World()).step()  # all gradients are zero
+    make_optimizer(
+        settings, [slot.master for slot in flat.slots], world=World()
+    ).step()  # all gradients are zero
     torch.testing.assert_close(params["bias"], nn.Parameter(before["bias"]))
     torch.testing.assert_close(params["matrix"], nn.Parameter(before["matrix"] * 0.95))
 

@@ -1,0 +1,173 @@
+"""SFT against TRL: `python benchmarks/sft.py --peer-python /path/to/python/with/trl`.
+
+Both train the same model on the same chat rows, alternately, each measurement in a process of its own; printed are
+medians, spreads and the ratios. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import harness
+from harness import Contender, Measurement
+
+HERE = Path(__file__).resolve().parent
+PEERS = {
+    "trl": ["--variant", "default"],
+    "trl-packed": ["--variant", "packed"],
+    "trl-packed-best": ["--variant", "packed", "--gradient-checkpointing", "off"],
+    "trl-padding-free": ["--variant", "padding_free", "--gradient-checkpointing", "off"],
+}
+"""TRL as it comes; with one packed row of 1,024 tokens a step; that without recomputing activations; padding-free."""
+TARGETS = {"trl": (4.0, 0.4), "trl-packed-best": (1.8, 0.8)}
+"""What kitae is to reach against a peer: times its tokens per second, share of its peak memory."""
+LOSS_TOLERANCE = 0.02
+"""Relative difference of mean losses beyond which the sides did not do the same work."""
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory(prefix="kitae-bench-") as temporary:
+        folder = options.keep or Path(temporary)
+        workload = make_workload(folder, options)
+        if options.precision == "same":
+            options.precision = "bfloat16" if workload["fast_bfloat16"] else "float32"
+        contenders = [kitae(folder, options), *(peer(name, folder, options) for name in options.peers)]
+        measured = harness.run_rounds(contenders, rounds=options.rounds)
+        floor = None if options.lora_rank else measure_floor(folder, options)
+    report(measured, workload=workload, floor=floor, options=options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    harness.add_options(parser)
+    parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS)[:3])
+    parser.add_argument(
+        "--precision",
+        choices=["same", "default", "float32", "bfloat16"],
+        default="same",
+        help="same: bfloat16 where this CPU has instructions for it, else float32; default: each side's own choice",
+    )
+    parser.add_argument("--size", choices=["5m", "30m", "tiny"], default="5m")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, help="LoRA of all linear layers instead of full training"
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for model, rows and runs, kept (default: a temporary one)"
+    )
+    options = parser.parse_args()
+    if not 0 < options.warmup < options.steps:
+        parser.error(f"--warmup {options.warmup} must be at least 1 and below --steps {options.steps}")
+    return options
+
+
+def make_workload(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    rows = options.steps * options.batch_size
+    script = str(HERE / "chat_workload.py")
+    command = [sys.executable, script, str(folder), "--size", options.size, "--rows", str(rows)]
+    return harness.measure(Contender("workload", command)).values
+
+
+def kitae(folder: Path, options: argparse.Namespace) -> Contender:
+    command = [sys.executable, str(HERE / "sft_kitae.py"), *shared_flags(folder, options)]
+    return Contender("kitae", command, harness.thread_env(options.threads))
+
+
+def peer(name: str, folder: Path, options: argparse.Namespace) -> Contender:
+    command = [options.peer_python, str(HERE / "sft_trl.py"), *PEERS[name], *shared_flags(folder, options)]
+    return Contender(name, command, harness.thread_env(options.threads))
+
+
+def shared_flags(folder: Path, options: argparse.Namespace) -> list[str]:
+    named = {
+        "folder": folder,
+        "precision": options.precision,
+        "batch-size": options.batch_size,
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "lora-rank": options.lora_rank,
+    }
+    return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+
+
+def measure_floor(folder: Path, options: argparse.Namespace) -> Measurement:
+    command = [
+        sys.executable,
+        str(HERE / "sft_floor.py"),
+        "--folder",
+        str(folder),
+        "--precision",
+        options.precision,
+    ]
+    return harness.measure(Contender("floor", command, harness.thread_env(options.threads)))
+
+
+def report(
+    measured: dict[str, list[Measurement]],
+    *,
+    workload: dict[str, float],
+    floor: Measurement | None,
+    options: argparse.Namespace,
+) -> None:
+    training = f"LoRA r {options.lora_rank}, all linear layers" if options.lora_rank else "full"
+    print(
+        f"SFT, {training}: {workload['parameters'] / 1e6:.1f} M parameters, {workload['rows']} rows of "
+        f"{workload['median_tokens']:.0f} tokens (median; mean {workload['mean_tokens']:.0f}, "
+        f"longest {workload['longest']}), {workload['taught_share']:.0%} taught; {options.batch_size} rows a step, "
+        f"{options.steps - options.warmup} steps after {options.warmup}; precision {options.precision}, "
+        f"{options.threads} threads, {options.rounds} rounds"
+    )
+    harness.print_machine(measured)
+    for name, runs in measured.items():
+        print(f"{name}: {runs[0].values['precision']}; {runs[0].values['versions']}")
+    harness.print_table(
+        ["", "tokens/s", "peak RSS MiB", "kitae speed", "target", "kitae memory", "target"],
+        [table_row(name, measured) for name in measured],
+    )
+    if floor is not None:
+        ours = harness.spread(measured["kitae"], "tokens_per_s").median
+        limit = floor.values["tokens_per_s"]
+        print(
+            f"floor: the step's matrix products alone would allow {limit:,.0f} tokens/s; kitae is at {ours / limit:.0%}"
+        )
+    check_losses(measured)
+    if options.json:
+        harness.write_json(options.json, measured=measured, workload=workload, floor=floor and floor.values)
+
+
+def table_row(name: str, measured: dict[str, list[Measurement]]) -> list[str]:
+    runs, ours = measured[name], measured["kitae"]
+    numbers = [harness.show(harness.spread(runs, key)) for key in ("tokens_per_s", "peak_rss_mib")]
+    if name == "kitae":
+        return [name, *numbers, "", "", "", ""]
+    speed = harness.show(harness.ratio(ours, runs, "tokens_per_s"), digits=2)
+    memory = harness.show(harness.ratio(ours, runs, "peak_rss_mib"), digits=2)
+    fast, small = TARGETS.get(name, (None, None))
+    return [name, *numbers, speed, f">= {fast}" if fast else "", memory, f"<= {small}" if small else ""]
+
+
+def check_losses(measured: dict[str, list[Measurement]]) -> None:
+    """The same rows from the same weights give about the same mean loss, whatever the order."""
+    losses = {name: [float(m.values["loss"]) for m in runs] for name, runs in measured.items()}
+    ours = losses["kitae"][0]
+    far = {name: theirs for name, theirs in losses.items() if not is_near(theirs, ours)}
+    if far:
+        sys.exit(f"mean losses differ, so the sides did not do the same work: kitae {ours:.4f}, {far}")
+
+
+def is_near(losses: Sequence[float], ours: float) -> bool:
+    return all(abs(loss - ours) <= LOSS_TOLERANCE * abs(ours) for loss in losses)
+
+
+if __name__ == "__main__":
+    main()

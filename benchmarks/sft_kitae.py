@@ -1,0 +1,63 @@
+"""kitae's side of sft.py: the recipe as a user starts it. Settings not named here are kitae's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--lora-rank", type=int, required=True)
+    options = parser.parse_args()
+
+    import kitae
+
+    output_dir = options.folder / "kitae"
+    kitae.train(
+        "sft",
+        {
+            "output_dir": str(output_dir),
+            "overwrite": True,
+            "model": {
+                "name_or_path": str(options.folder / "model"),
+                "device": "cpu",
+                "dtype": "auto" if options.precision == "default" else options.precision,
+            },
+            "lora": {"rank": options.lora_rank, "alpha": 2 * options.lora_rank} if options.lora_rank else {},
+            "data": {"train": [str(options.folder / "rows.jsonl")], "target": "as_is", "max_length": 1024},
+            "train": {"per_device_train_batch_size": options.batch_size, "max_steps": options.steps},
+        },
+    )
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "perf/tokens_per_s" in line]
+    assert len(steps) == options.steps, f"{len(steps)} of {options.steps} steps in metrics.jsonl"
+    timed = steps[options.warmup :]
+    # Wall clock from the end of the last warm-up step: what happens between steps counts too.
+    elapsed = timed[-1]["time"] - steps[options.warmup - 1]["time"]
+    tokens = sum(round(step["perf/tokens_per_s"] * step["time/step_s"]) for step in timed)
+    log = (output_dir / "train.log").read_text().splitlines()
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": tokens / elapsed,
+                "step_s": elapsed / len(timed),
+                "tokens_per_step": tokens / len(timed),
+                "loss": statistics.fmean(step["train/loss"] for step in steps),
+                "precision": next(line.split(" INFO ")[1] for line in log if " INFO dtype " in line),
+                "versions": {name: version(name) for name in ("kitae", "transformers", "torch", "peft")},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

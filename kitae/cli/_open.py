@@ -1,0 +1,152 @@
+"""A model opened for use: what generate, chat and evaluate share, from settings to the sampling engine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from kitae.config import DataSettings, ModelSettings, SamplingSettings
+from kitae.errors import DataError
+
+if TYPE_CHECKING:
+    from kitae.data.chat import Template
+    from kitae.models.policy import Policy
+    from kitae.rollout.generic import GenericEngine
+    from kitae.types import Problem
+
+log = logging.getLogger(__name__)
+
+
+class UseSettings(SamplingSettings):
+    """Which model, how it is asked, and how it samples."""
+
+    model: str
+    """A Hugging Face model folder, a hub id, a kitae run directory, or an adapter folder."""
+    temperature: float = Field(0.6, ge=0, le=10)
+    """Logits are divided by it; 0 is greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Keep the smallest set of tokens whose probability reaches this."""
+    seed: int = 0
+    """The same seed gives the same completions."""
+    system_prompt: str | None = None
+    """System turn put before every conversation without one; default: the one the model was trained with."""
+    template: str | None = None
+    """Chat template: a .jinja file, a Colossal-AI conversation template .json, or alpaca; default: the model's own."""
+    raw: bool = False
+    """Give the model the prompt as it stands, without a chat template."""
+    batch_size: int = Field(64, ge=1)
+    """Completions sampled at the same time; memory grows with it, the result does not depend on it."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's own."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute precision; auto takes bfloat16 where the device is fast in it, else float32."""
+    device: str = "auto"
+    """auto, cpu, or a device of an available backend, such as cuda or npu."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4 stores the linear weights in 4 bits."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for folders whose code you have read."""
+
+    def sampling(self, *, max_new_tokens: int | None = None) -> SamplingSettings:
+        """The part that says how to sample."""
+        fields = {name: getattr(self, name) for name in SamplingSettings.model_fields}
+        return SamplingSettings(**fields | {"max_new_tokens": max_new_tokens or self.max_new_tokens})
+
+    def model_settings(self, *, name: str | None = None) -> ModelSettings:
+        """The part that says what to load; `name` takes another model with the same choices."""
+        own = ("revision", "tokenizer", "dtype", "device", "quantization", "trust_remote_code")
+        return ModelSettings(name_or_path=name or self.model, **{key: getattr(self, key) for key in own})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model with its template and an engine that samples from it."""
+
+    policy: Policy
+    template: Template
+    engine: GenericEngine
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens the model can look at, where it says so."""
+        config: Any = self.policy.causal_lm.config  # transformers' own class, one for each architecture
+        found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    def ask(self, messages: list[dict[str, str]], *, index: int = 0) -> Problem:
+        """A conversation, rendered up to where the assistant speaks."""
+        from kitae.types import Problem
+
+        ids, prefill = self.template.prompt(messages)
+        return Problem(prompt=messages[-1]["content"], token_ids=ids, prefill=prefill, index=index)
+
+    def ask_raw(self, text: str, *, index: int = 0) -> Problem:
+        """A prompt as it stands; control tokens in it are control tokens."""
+        from kitae.types import Problem
+
+        for written, token in lookalikes(text, list(self.template.tokenizer.get_added_vocab())):
+            log.warning("%s is ordinary text to this tokenizer; its token is %s", written, token)
+        return Problem(prompt=text, token_ids=self.template.tokenizer.encode(text), index=index)
+
+
+def open_model(use: UseSettings, *, name: str | None = None) -> Opened:
+    """Load model, template and engine; `name` takes another model with the same choices."""
+    from kitae.data.chat import Template
+    from kitae.models.load import load_policy, load_tokenizer
+    from kitae.rollout.generic import GenericEngine
+
+    model = use.model_settings(name=name)
+    data = DataSettings(system_prompt=use.system_prompt, template=use.template)
+    template = Template.load(load_tokenizer(model), data=data)
+    if Path(model.name_or_path).is_dir():
+        for difference in template.differences(model.name_or_path):
+            log.warning("%s was trained with another template: %s", model.name_or_path, difference)
+    policy = load_policy(model, trainable=False)
+    engine = GenericEngine(
+        policy, stop_ids=template.stop_ids, decode=template.decode, max_rows=use.batch_size
+    )
+    return Opened(policy=policy, template=template, engine=engine)
+
+
+def lookalikes(text: str, tokens: list[str]) -> list[tuple[str, str]]:
+    """(what is written, the token it resembles) for ASCII spellings of tokens with full-width bars.
+
+    Example: `<|User|>` where the tokenizer has a token of the same letters between U+FF5C bars.
+    """
+    found = []
+    for token in tokens:
+        ascii_form = token.replace("\uff5c", "|").replace("\u2581", "_")
+        spaced = ascii_form.replace("_", " ")
+        for written in dict.fromkeys((ascii_form, spaced)):
+            if written != token and written not in tokens and written in text:
+                found.append((written, token))
+    return found
+
+
+def read_prompts(path: str) -> list[str]:
+    """One prompt a line; `-` is standard input."""
+    if path == "-":
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read prompts from {path}: {error}") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise DataError(f"{path} has no prompts")
+    return prompts
+
+
+def warn_on_stderr(warnings: list[str]) -> None:
+    """Let log warnings of this process reach the terminal, and say those of the settings."""
+    logging.basicConfig(level=logging.WARNING, format="kitae: %(message)s", stream=sys.stderr)
+    for warning in warnings:
+        log.warning("%s", warning)

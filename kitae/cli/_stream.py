@@ -1,0 +1,57 @@
+"""Completions on the terminal as they grow, with the thinking dimmed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+_TAGS = re.compile(r"(</?think>)")
+
+
+class Stream:
+    """Writes one completion token by token; hand `on_tokens` to the engine."""
+
+    def __init__(self, out: TextIO, *, decode: Callable[[list[int]], str], prefill: str = "") -> None:
+        self._out, self._decode = out, decode
+        self._ids: list[int] = []
+        self._shown = ""
+        self._tail = ""
+        self._is_dim = False
+        self._has_color = out.isatty() and "NO_COLOR" not in os.environ
+        self._write(prefill)
+
+    def on_tokens(self, _problem: int, _sample: int, ids: Sequence[int]) -> None:
+        """Show what the new tokens add; the beginning of a character waits for its end."""
+        self._ids.extend(ids)
+        text = self._decode(self._ids)
+        if not text.endswith("\ufffd"):
+            self._write(text[len(self._shown) :])
+            self._shown = text
+
+    def finish(self) -> None:
+        """Show what still waited, and end the line."""
+        self._write(self._decode(self._ids)[len(self._shown) :])
+        if self._is_dim and self._has_color:
+            self._out.write(PLAIN)
+        self._out.write("\n")
+        self._out.flush()
+
+    def _write(self, text: str) -> None:
+        for piece in _TAGS.split(text):
+            if piece.endswith("<think>"):
+                self._switch(True)
+            self._out.write(piece)
+            self._tail = (self._tail + piece)[-len("</think>") :]
+            if self._tail.endswith("</think>"):
+                self._switch(False)
+            elif self._tail.endswith("<think>"):
+                self._switch(True)
+        self._out.flush()
+
+    def _switch(self, is_dim: bool) -> None:
+        if self._has_color and is_dim != self._is_dim:
+            self._out.write(DIM if is_dim else PLAIN)
+        self._is_dim = is_dim

@@ -1,0 +1,262 @@
+"""Score a model on problems with gold answers, or its perplexity: kitae evaluate MODEL --dataset_name D."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from kitae.cli import _help
+from kitae.cli._open import Opened, UseSettings, open_model, warn_on_stderr
+from kitae.cli._output import write_json
+from kitae.config import DataSettings, RewardSettings, require
+from kitae.errors import RunDirError
+from kitae.settings import read
+
+if TYPE_CHECKING:
+    from kitae.evaluate.records import Record
+    from kitae.types import Problem
+
+PROBLEMS_AT_ONCE = 64
+SHOWN = ("accuracy", "format_rate", "mean_reward", "mean_length", "truncated", "loss", "perplexity")
+
+
+class Settings(UseSettings):
+    """Score a model on problems with gold answers, or measure its perplexity."""
+
+    temperature: float = Field(0.0, ge=0, le=10)
+    """Logits are divided by it; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the smallest set of tokens whose probability reaches this."""
+    dataset_name: list[str]
+    """Files, globs, folders or hub names of the rows."""
+    split: str = "test"
+    """Split of a hub data set."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column mapping, ours = yours, such as prompt = "frage"; see the data page for our names."""
+    num_samples: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+    n: int = Field(1, ge=1)
+    """Completions per problem; above 1 reports pass@k, and needs a temperature above 0."""
+    by: str | None = None
+    """A data column: report each of its values by itself, and the gap between them."""
+    baseline: str | None = None
+    """Another model, evaluated the same way and compared problem by problem."""
+    perplexity: bool = False
+    """Measure the loss on the rows' own completions instead of generating."""
+    max_length: int = Field(2048, ge=2)
+    """Longest row in tokens for perplexity."""
+    reward: str = "reasoning"
+    """The reward reported beside accuracy: a built-in name, or file.py:function."""
+    form: Literal["answer_tags", "boxed"] = "answer_tags"
+    """Form of the reasoning reward."""
+    strict_form: bool = True
+    """Nothing but white space around and between the blocks; false allows other text there."""
+    results: str | None = None
+    """File for one JSON line per completion; default: evaluations/MODEL-DATA-TIME.jsonl."""
+    json_file: str | None = None
+    """Also write the summary to this file as JSON (--json FILE)."""
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate, print a summary, and say where the details are."""
+    if _help.is_asked(argv):
+        _help.show(Settings, prog="kitae evaluate MODEL --dataset_name DATA")
+        return 0
+    use, notes = read("evaluate", Settings, argv, positional=("model",))
+    warn_on_stderr(notes.warnings)
+    summary = evaluate(use, say=print)
+    if use.json_file:
+        write_json(use.json_file, summary)
+    return 0
+
+
+def from_python(given: dict[str, Any]) -> dict[str, Any]:
+    """What kitae.evaluate returns: the summary."""
+    use, notes = read("evaluate", Settings, given)
+    warn_on_stderr(notes.warnings)
+    return evaluate(use, say=lambda _line: None)
+
+
+def evaluate(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """The summary of one model, with its baseline's and their comparison where one is named."""
+    _require_sense(use)
+    if use.perplexity:
+        return _perplexity(use, say=say)
+    if use.baseline is None:
+        return _accuracy(use, use.model, say=say)[0]
+    from kitae.cli.compare import text_of
+    from kitae.evaluate.compare import compare
+
+    baseline, before = _accuracy(use, use.baseline, say=say)
+    summary, records = _accuracy(use, use.model, say=say)
+    comparison = compare(before, records)
+    say(text_of(comparison, first=use.baseline, second=use.model))
+    return {**summary, "baseline": baseline, "comparison": asdict(comparison)}
+
+
+def _require_sense(use: Settings) -> None:
+    require(
+        use.n == 1 or use.temperature > 0,
+        f"n is {use.n} and temperature 0, which gives the same completion {use.n} times; set --temperature, such as 0.6",
+    )
+    require(
+        not (use.perplexity and use.baseline is not None),
+        "perplexity and baseline are both given; only accuracies are compared, so run --perplexity for each model",
+    )
+
+
+def _accuracy(use: Settings, name: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Record]]:
+    """Generate and judge with one model; its results file is written when all is done."""
+    from kitae.evaluate import accuracy
+    from kitae.evaluate.records import write_records
+    from kitae.rewards.pool import RewardPool
+
+    results = _results_path(use, name)
+    reward = RewardSettings(function=use.reward, form=use.form, strict_form=use.strict_form, on_error="mask")
+    opened = open_model(use, name=name)
+    problems = _problems(use, opened)
+    records: list[Record] = []
+    with RewardPool(reward) as pool:
+        answered = accuracy.answer(
+            opened.engine,
+            problems,
+            pool=pool,
+            sampling=use.sampling(),
+            n=use.n,
+            seed=use.seed,
+            problems_at_once=PROBLEMS_AT_ONCE,
+        )
+        for chunk in answered:
+            records += chunk
+            _show_running(name, accuracy.summarise(records), total=len(problems))
+    summary = _report(use, name, records, accuracy.summarise, metric="accuracy", say=say)
+    write_records(results, records)
+    say(f"results: {results}")
+    return {**summary, "results": str(results)}, records
+
+
+def _problems(use: Settings, opened: Opened) -> Sequence[Problem]:
+    from kitae.data.problems import RenderedProblems
+    from kitae.data.sources import open_dataset
+
+    dataset = open_dataset(
+        use.dataset_name,
+        data=DataSettings(columns=use.columns),
+        purpose="rl",
+        need_answer=True,
+        split=use.split,
+        max_rows=use.num_samples,
+    )
+    longest = (opened.context or sys.maxsize) - use.max_new_tokens
+    require(
+        longest > 0,
+        f"max_new_tokens is {use.max_new_tokens}, but the model's context is {opened.context}; lower it",
+    )
+    problems = RenderedProblems(dataset, template=opened.template, max_prompt_length=longest)
+    if not use.raw:
+        return problems
+    return [_as_raw(problem, opened) for problem in problems]
+
+
+def _as_raw(problem: Problem, opened: Opened) -> Problem:
+    from dataclasses import replace
+
+    raw = opened.ask_raw(problem.prompt)
+    return replace(problem, token_ids=raw.token_ids, prefill="")
+
+
+def _perplexity(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
+    from kitae.data.sources import open_dataset
+    from kitae.evaluate import perplexity
+
+    dataset = open_dataset(
+        use.dataset_name, data=DataSettings(columns=use.columns), split=use.split, max_rows=use.num_samples
+    )
+    opened = open_model(use)
+    rows, columns = [], []
+    for example in dataset:
+        made = opened.template.rows(example, max_length=use.max_length)
+        rows += made
+        columns += [example.columns] * len(made)
+    require(bool(rows), f"no row has a target within max_length = {use.max_length} tokens; raise it")
+    logprobs = perplexity.scorer(opened.policy)
+    records = [r for chunk in perplexity.score(rows, logprobs=logprobs, columns=columns) for r in chunk]
+    return _report(use, use.model, records, perplexity.summarise, metric="perplexity", say=say)
+
+
+def _report(
+    use: Settings,
+    name: str,
+    records: list[Any],  # accuracy's or perplexity's records, each with its own summarise
+    summarise: Callable[[Iterable[Any]], dict[str, float]],
+    *,
+    metric: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Say and return the summary, and the same by a column where one is asked for."""
+    from kitae.evaluate.groups import by_column, gap
+
+    whole = summarise(records)
+    say(f"{name}: {_line(whole)}")
+    summary: dict[str, Any] = {"model": name, "dataset": use.dataset_name, **whole}
+    if use.by is not None:
+        groups = by_column(records, use.by, summarise=summarise)
+        width = max(map(len, groups))
+        for value, group in groups.items():
+            say(f"  {use.by} {value:<{width}}  {_line(group)}")
+        widest = gap(groups, metric)
+        if widest is not None:
+            say(f"  gap in {metric}: {widest.gap:.4g}, {widest.lowest} to {widest.highest}")
+        summary |= {"by": use.by, "groups": groups, "gap": widest._asdict() if widest else None}
+    return summary
+
+
+def _line(summary: dict[str, float]) -> str:
+    """A summary in one line for a reader."""
+    parts = []
+    for key in SHOWN:
+        if key in summary:
+            interval = f" (95 % {summary['low']:.3f} to {summary['high']:.3f})" if key == "accuracy" else ""
+            parts.append(f"{key} {summary[key]:.4g}{interval}")
+    parts += [f"{key} {value:.4g}" for key, value in summary.items() if key.startswith("pass@")]
+    count = f"{summary['problems']:.0f} problems" if "problems" in summary else f"{summary['rows']:.0f} rows"
+    return f"{', '.join(parts) or 'nothing to report'}; {count}"
+
+
+def _show_running(name: str, summary: dict[str, float], *, total: int) -> None:
+    """The running accuracy: rewritten in place on a terminal, a line now and then elsewhere."""
+    line = f"{name}: {summary['problems']:.0f} of {total}, accuracy {summary.get('accuracy', 0.0):.3f}"
+    is_terminal = sys.stderr.isatty()
+    is_last = summary["problems"] >= total
+    print(
+        f"\r{line}" if is_terminal else line,
+        end="\n" if is_last or not is_terminal else "",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _results_path(use: Settings, name: str) -> Path:
+    """Where one model's results go; made sure of before any weights are read."""
+    if use.results is not None:
+        path = Path(use.results)
+        if use.baseline == name:
+            path = path.with_name(f"{path.stem}-baseline{path.suffix}")
+    else:
+        model, data = (Path(word.rstrip("/")).stem or "model" for word in (name, use.dataset_name[0]))
+        path = Path("evaluations") / f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"cannot make {path.parent} for the results: {error.strerror or error}; name a file with --results"
+        ) from error
+    if path.exists():
+        raise RunDirError(f"{path} exists already; remove it or name another file with --results")
+    return path

@@ -1,0 +1,328 @@
+"""Follow one row of data to its gradient, station by station: kitae trace run.toml --row 0."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kitae.cli import _help
+from kitae.cli._open import warn_on_stderr
+from kitae.cli._output import write_json
+from kitae.errors import ConfigError, DataError
+from kitae.settings import resolve, settings_class
+
+if TYPE_CHECKING:
+    from kitae.data.chat import Template
+    from kitae.data.formats import Example
+    from kitae.train.learner import Learner
+    from kitae.types import Batch, Row
+
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+SHOWN_TOKENS = 300
+"""Tokens of a row that are listed one by one."""
+
+
+class Prepared(NamedTuple):
+    """What a recipe makes of one data row: training rows, and how their loss is taken."""
+
+    rows: list[Row]
+    denominator: float
+    loss_fn: Any  # a loss of kitae/algos/losses.py with its settings bound
+    temperature: float
+    rows_per_forward: int
+
+
+def main(argv: list[str]) -> int:
+    """Print every station; nothing is written but the file of --json."""
+    parser = argparse.ArgumentParser(prog="kitae trace", allow_abbrev=False, add_help=False)
+    parser.add_argument("--row", default="0")
+    parser.add_argument("--recipe", default=None)
+    parser.add_argument("--json", default=None)
+    own, rest = parser.parse_known_args(argv)
+    recipe = own.recipe or _recipe_of(rest)
+    if _help.is_asked(argv):
+        after = "Also: --row N (which data row, from 0), --recipe sft|grpo (default: by the file's tables), --json FILE."
+        _help.show(settings_class(recipe), prog="kitae trace [run.toml] [--row N]", after=after)
+        return 0
+    if not own.row.isdigit():
+        raise ConfigError(f"--row is {own.row!r}; it is the number of a data row, from 0")
+    cfg, notes = resolve(recipe, rest)
+    warn_on_stderr(notes.warnings)
+    found = _Trace(recipe, cfg, number=int(own.row)).run()
+    if own.json:
+        write_json(own.json, found)
+    return 0
+
+
+def _recipe_of(words: Sequence[str]) -> str:
+    """grpo where the settings file has tables that only grpo has."""
+    files = [Path(word) for word in words if word.endswith(".toml") and Path(word).is_file()]
+    try:
+        tables = tomllib.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        return "sft"  # resolve reads the file again, and says what is wrong with it
+    return "grpo" if {"rollout", "reward", "grpo"} & set(tables) else "sft"
+
+
+class _Trace:
+    """Walks one data row through the parts a run uses, and says what each makes of it."""
+
+    def __init__(self, recipe: str, cfg: Any, *, number: int) -> None:
+        # cfg is Any: each recipe has its own Settings class.
+        self._recipe, self._cfg, self._number = recipe, cfg, number
+        self._found: dict[str, Any] = {"recipe": recipe, "row": number}
+        self._has_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._station = 0
+
+    def run(self) -> dict[str, Any]:
+        """Print all stations and return them as JSON values."""
+        from kitae.data.chat import Template
+        from kitae.data.collate import collate
+        from kitae.models.load import load_policy, load_tokenizer
+        from kitae.parallel.world import start_world
+        from kitae.recipes._run import default_system_prompt, seed_everything
+        from kitae.train.learner import Learner
+
+        cfg = self._cfg
+        seed_everything(cfg.train.seed)
+        example = self._read_example()
+        default_prompt = default_system_prompt(cfg)
+        template = Template.load(
+            load_tokenizer(cfg.model), data=cfg.data, default_system_prompt=default_prompt
+        )
+        world = start_world(device=cfg.model.device)
+        policy = load_policy(cfg.model, lora=cfg.lora)
+        learner = Learner(policy, optim=cfg.optim, total_steps=1, world=world)
+        prepare = self._prepare_grpo if self._recipe == "grpo" else self._prepare_sft
+        prepared = prepare(example, template, learner)
+        batches = collate(
+            prepared.rows, rows_per_forward=prepared.rows_per_forward, temperature=prepared.temperature
+        )
+        self._show_rows(prepared, batches, template, learner)
+        self._show_gradient(prepared, batches, learner)
+        return self._found
+
+    def _say(self, title: str, text: str) -> None:
+        self._station += 1
+        print(f"--- {self._station}. {title}\n{text}\n")
+
+    def _read_example(self) -> Example:
+        """The raw row, and what it is recognised as."""
+        from kitae.data.files import expand
+        from kitae.data.formats import RowError, to_example
+        from kitae.data.readers import read_records
+
+        data = self._cfg.data
+        records = (
+            item
+            for file in expand(data.train, split=data.split)
+            for item in read_records(file.path, name=file.name)
+        )
+        count = 0
+        for count, (record, where) in enumerate(records, 1):
+            if count > self._number:
+                break
+        else:
+            raise DataError(
+                f"--row is {self._number}, but {' '.join(data.train)} has {count} rows, numbered from 0"
+            )
+        self._found |= {
+            "source": where,
+            "record": record if not isinstance(record, RowError) else str(record),
+        }
+        try:
+            if isinstance(record, RowError):
+                raise record
+            purpose: Any = "rl" if self._recipe == "grpo" else "sft"
+            example = to_example(record, data=data, purpose=purpose, source=where)
+        except RowError as error:
+            raise DataError(f"{where}: {error}") from error
+        self._say(f"the row as it is: {where}", json.dumps(record, ensure_ascii=False, default=str))
+        turns = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in example.messages)
+        self._say(
+            "normalised (sources, formats)",
+            f"{turns}\nanswer: {example.answer!r}; columns: {example.columns}",
+        )
+        self._found |= {"messages": example.messages, "answer": example.answer}
+        return example
+
+    def _prepare_sft(self, example: Example, template: Template, learner: Learner) -> Prepared:
+        from kitae.algos import averaging, losses
+
+        cfg = self._cfg
+        rows = template.rows(example, max_length=cfg.data.max_length)
+        if not rows:
+            raise DataError(
+                f"{example.source}: no target lies within data.max_length = {cfg.data.max_length} tokens"
+            )
+        weighed, denominator = averaging.weigh(rows, cfg.train.average)
+        return Prepared(
+            weighed, denominator, losses.cross_entropy, 1.0, cfg.train.per_device_train_batch_size
+        )
+
+    def _prepare_grpo(self, example: Example, template: Template, learner: Learner) -> Prepared:
+        """Sample and judge a group, as in the run's first round."""
+        from kitae.algos import advantages, averaging, losses
+        from kitae.recipes._sampling import Judge, Reference, Sampler, rewards_of
+        from kitae.recipes.grpo import to_rows
+        from kitae.rewards.pool import RewardPool
+        from kitae.rollout.generic import GenericEngine
+
+        cfg = self._cfg
+        problem = template.problem(example, index=self._number, max_length=cfg.rollout.max_prompt_length)
+        if problem is None:
+            raise DataError(
+                f"{example.source}: the prompt is longer than rollout.max_prompt_length = "
+                f"{cfg.rollout.max_prompt_length} tokens; a run drops it"
+            )
+        self._say(
+            "the question, rendered",
+            f"{template.tokenizer.decode(problem.token_ids)}\nprefill: {problem.prefill!r}",
+        )
+        temperature, n = cfg.rollout.initial_temperature, cfg.rollout.num_generations
+        engine = GenericEngine(
+            learner.policy,
+            stop_ids=template.stop_ids,
+            decode=template.decode,
+            max_rows=cfg.rollout.inference_batch_size,
+        )
+        sampler = Sampler(engine, learner=learner, rollout=cfg.rollout, seed=cfg.train.seed)
+        groups = sampler.sample([problem], n=n, temperature=temperature, step=1)
+        with RewardPool(cfg.reward) as pool:
+            scores = Judge(pool).score(groups)
+        advantages_PG = advantages.group_relative(
+            rewards_of(scores, num_generations=n), scale_by_std=cfg.grpo.scale_by_std
+        )
+        lines = [
+            f"{i}: reward {score.value} ({score.reason}), advantage {advantage:+.4f}, {rollout.finish_reason}: {rollout.text!r}"
+            for i, (rollout, score, advantage) in enumerate(
+                zip(groups[0], scores[0], advantages_PG[0].tolist(), strict=True)
+            )
+        ]
+        self._say(f"a group of {n} completions at temperature {temperature}, judged", "\n".join(lines))
+        self._found["rewards"] = [score.value for score in scores[0]]
+        self._found["advantages"] = advantages_PG[0].tolist()
+        rows = [to_rows(groups[0], scores[0], advantages_G=advantages_PG[0], rollout=cfg.rollout)]
+        if cfg.grpo.kl_coef:
+            reference = Reference(learner.without_adapter(), rows_per_forward=cfg.rollout.rows_per_forward)
+            rows = reference.annotate(rows, temperature=temperature)
+        weighed, denominator = averaging.weigh(
+            rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
+        )
+        loss_fn = partial(
+            losses.clipped_policy_gradient,
+            clip_low=cfg.grpo.clip_low,
+            clip_high=cfg.grpo.clip_high,
+            kl_coef=cfg.grpo.kl_coef,
+        )
+        return Prepared(weighed, denominator, loss_fn, temperature, cfg.rollout.rows_per_forward)
+
+    def _show_rows(
+        self, prepared: Prepared, batches: Sequence[Batch], template: Template, learner: Learner
+    ) -> None:
+        """Text, tokens, packing and the model's log-probabilities."""
+        decode = template.tokenizer.decode
+        for number, row in enumerate(prepared.rows):
+            text = "".join(self._marked(decode(ids), is_taught=is_taught) for is_taught, ids in _runs(row))
+            mark = "green" if self._has_color else "between [[ and ]]"
+            self._say(f"row {number}: {len(row.token_ids)} tokens, {row.num_taught} taught ({mark})", text)
+        packed = [
+            f"forward {number}: {b.packing.num_real_tokens} tokens padded to {b.packing.num_tokens}, "
+            f"{len(b.source_N)} predictions; segments (start, length, prefix): "
+            + ", ".join(f"({s.start}, {s.length}, {s.prefix_length})" for s in b.packing.segments)
+            for number, b in enumerate(batches)
+        ]
+        self._say("packed (collate)", "\n".join(packed))
+        logprobs = [value for logprobs_N in learner.logprobs(batches) for value in logprobs_N.tolist()]
+        positions = [p for b in batches for p in b.positions_T[b.source_N.cpu()].tolist()]
+        predictions = iter(zip(logprobs, positions, strict=True))
+        self._found["rows"] = []
+        for number, row in enumerate(prepared.rows):
+            tokens = list(_tokens(row, decode=decode, predictions=predictions))
+            self._found["rows"].append({"weight": row.weight, "tokens": tokens})
+            self._say(f"row {number}, token by token", _table(tokens))
+
+    def _show_gradient(self, prepared: Prepared, batches: list[Batch], learner: Learner) -> None:
+        """Loss, gradient, and where the result would be kept."""
+        from kitae.train.checkpoint import name_of
+
+        metrics = learner.forward_backward(batches, prepared.loss_fn, denominator=prepared.denominator)
+        loss = metrics["loss"]
+        total = loss * prepared.denominator
+        self._say(
+            "loss",
+            f"sum {total:.6f} / denominator {prepared.denominator:g} = {loss:.6f}\n"
+            "(a step's denominator counts all its rows, on all ranks; here this row is alone)",
+        )
+        stepped = learner.optim_step()
+        cfg = self._cfg
+        limit = cfg.optim.max_grad_norm
+        clipped = f"clipped to {limit:g}" if limit and stepped["grad_norm"] > limit else "not clipped"
+        self._say(
+            "gradient",
+            f"norm {stepped['grad_norm']:.6f} over {learner.flat.grad.numel():,} numbers, {clipped}",
+        )
+        checkpoint = Path(cfg.output_dir) / "checkpoints" / name_of(cfg.save.steps or 1)
+        when = f"every {cfg.save.steps} steps" if cfg.save.steps else "when the run ends or is interrupted"
+        self._say("kept in", f"{checkpoint} ({when}); the final model lies in {cfg.output_dir}")
+        self._found |= {
+            "loss_sum": total,
+            "denominator": prepared.denominator,
+            "loss": loss,
+            "grad_norm": stepped["grad_norm"],
+            "checkpoint": str(checkpoint),
+        }
+
+    def _marked(self, text: str, *, is_taught: bool) -> str:
+        if not is_taught:
+            return text
+        return f"{GREEN}{text}{PLAIN}" if self._has_color else f"[[{text}]]"
+
+
+def _runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
+    """Stretches of tokens that are all taught or all not."""
+    start = 0
+    for i in range(1, len(row.token_ids) + 1):
+        if i == len(row.token_ids) or row.loss_mask[i] != row.loss_mask[start]:
+            yield row.loss_mask[start], row.token_ids[start:i]
+            start = i
+
+
+def _tokens(row: Row, *, decode: Any, predictions: Iterator[tuple[float, int]]) -> Iterator[dict[str, Any]]:
+    """One record per token; a taught one with the log-probability the model gave it. `decode` is the tokenizer's."""
+    for place, (token_id, is_taught) in enumerate(zip(row.token_ids, row.loss_mask, strict=True)):
+        record: dict[str, Any] = {
+            "place": place,
+            "id": token_id,
+            "text": decode([token_id]),
+            "taught": is_taught,
+        }
+        if is_taught:
+            logprob, position = next(predictions)
+            record |= {"weight": row.weight, "logprob": logprob, "from_position": position}
+            record |= {name: values[place] for name, values in row.streams.items()}
+        yield record
+
+
+def _table(tokens: list[dict[str, Any]]) -> str:
+    """Tokens as lines; of a long row the beginning and the end."""
+    extra = next(
+        ([k for k in t if k not in ("place", "id", "text", "taught")] for t in tokens if t["taught"]), []
+    )
+    lines = [f"{'place':>5} {'id':>7}  {'text':<14} " + " ".join(f"{name:>13}" for name in extra)]
+    half = SHOWN_TOKENS // 2
+    for i, token in enumerate(tokens):
+        if len(tokens) > SHOWN_TOKENS and half <= i < len(tokens) - half:
+            if i == half:
+                lines.append(f"      ... {len(tokens) - 2 * half} more ...")
+            continue
+        numbers = " ".join(f"{token[name]:>13.5g}" for name in extra) if token["taught"] else ""
+        lines.append(f"{token['place']:>5} {token['id']:>7}  {token['text']!r:<14} {numbers}".rstrip())
+    return "\n".join(lines)
