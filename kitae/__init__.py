@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import kitae.evaluate
+import kitae.train
 
 __version__ = "0.1.0"
 
 
-def train(recipe: str, settings: Mapping[str, Any] | None = None, *, file: str | Path | None = None) -> Path:
-    """Train with a recipe, and return the run's folder, where the final model lies.
+class _Train(ModuleType):
+    """The package kitae.train, which is also what one calls to train."""
 
-    Settings are nested (`{"optim": {"learning_rate": 1e-6}}`) or flat, and may use the flags of docs/flags.md without
-    their dashes; they are laid over the TOML `file`. Example: kitae.train("sft", {"model_name_or_path": "my-model",
-    "dataset_name": "rows.jsonl", "output_dir": "runs/first"}).
-    """
-    from kitae.cli.train import start
+    def __call__(
+        self, recipe: str, settings: Mapping[str, Any] | None = None, *, file: str | Path | None = None
+    ) -> Path:
+        """Train with a recipe, and return the run's folder, where the final model lies.
 
-    return start(recipe, settings or {}, file=file)
+        Settings are nested (`{"optim": {"learning_rate": 1e-6}}`) or flat, and may use the flags of docs/flags.md
+        without their dashes; they are laid over the TOML `file`. Example: kitae.train("sft", {"model_name_or_path":
+        "my-model", "dataset_name": "rows.jsonl", "output_dir": "runs/first"}).
+        """
+        from kitae.cli.train import start
+
+        return start(recipe, settings or {}, file=file)
 
 
-def evaluate(model: str, dataset_name: str | Sequence[str], **settings: Any) -> dict[str, Any]:
-    """Score a model on problems with gold answers; the settings are those of `kitae evaluate`.
+class _Evaluate(ModuleType):
+    """The package kitae.evaluate, which is also what one calls to evaluate."""
 
-    Returns the summary, such as accuracy with low and high; with perplexity=True the loss and perplexity of the rows.
-    """
-    from kitae.cli.evaluate import from_python
+    def __call__(self, model: str, dataset_name: str | Sequence[str], **settings: Any) -> dict[str, Any]:
+        """Score a model on problems with gold answers; the settings are those of `kitae evaluate`.
 
-    names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
-    return from_python({"model": model, "dataset_name": names, **settings})
+        Returns the summary, such as accuracy with low and high; with perplexity=True loss and perplexity of the rows.
+        """
+        from kitae.cli.evaluate import from_python
+
+        names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        return from_python({"model": model, "dataset_name": names, **settings})
 
 
 def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[str]:
-    """Complete prompts; the settings are those of `kitae generate`. With n > 1 a prompt's completions follow each other."""
+    """Complete prompts; the settings are those of `kitae generate`.
+
+    With n > 1 a prompt's completions follow each other.
+    """
     from kitae.cli.generate import completions
 
-    return completions(
-        {"model": model, "prompt": [prompts] if isinstance(prompts, str) else list(prompts), **settings}
-    )
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return completions({"model": model, "prompt": texts, **settings})
+
+
+# A function of these names would be shadowed by the packages once they are imported, so the packages are callable.
+sys.modules["kitae.train"].__class__ = _Train
+sys.modules["kitae.evaluate"].__class__ = _Evaluate

@@ -27,7 +27,10 @@ class CpuBackend:
         if feature == "bfloat16":
             flags = _cpu_flags()
             found = next((flag for flag in FAST_BFLOAT16 if flag in flags), None)
-            return found is not None, f"this CPU has {found}" if found else "this CPU has no bfloat16 instructions"
+            return (
+                found is not None,
+                f"this CPU has {found}" if found else "this CPU has no bfloat16 instructions",
+            )
         return feature == "nf4", "bitsandbytes runs on CPUs" if feature == "nf4" else "slow on CPUs"
 
     def device(self, local_rank: int) -> torch.device:

@@ -20,7 +20,10 @@ class NpuBackend:
         return importlib.util.find_spec("torch_npu") is not None and bool(self._module().is_available())
 
     def supports(self, feature: Feature) -> tuple[bool, str]:
-        return feature != "nf4", "bitsandbytes has no NPU kernels" if feature == "nf4" else "every such NPU does"
+        return (
+            feature != "nf4",
+            "bitsandbytes has no NPU kernels" if feature == "nf4" else "every such NPU does",
+        )
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-_TAGS = re.compile(r"(</?think>)")
+_TAGS = re.compile(r"</?think>")
 
 
 class Stream:
@@ -40,16 +40,20 @@ class Stream:
         self._out.flush()
 
     def _write(self, text: str) -> None:
-        for piece in _TAGS.split(text):
-            if piece.endswith("<think>"):
-                self._switch(True)
-            self._out.write(piece)
-            self._tail = (self._tail + piece)[-len("</think>") :]
-            if self._tail.endswith("</think>"):
-                self._switch(False)
-            elif self._tail.endswith("<think>"):
-                self._switch(True)
+        """Write text, dim from an opening tag to the end of a closing one; a tag may have come in pieces."""
+        seen, before = self._tail + text, len(self._tail)
+        start = 0
+        for tag in _TAGS.finditer(seen):
+            if tag.end() <= before:
+                continue
+            is_opening = tag[0] == "<think>"
+            cut = max((tag.start() if is_opening else tag.end()) - before, 0)
+            self._out.write(text[start:cut])
+            self._switch(is_opening)
+            start = cut
+        self._out.write(text[start:])
         self._out.flush()
+        self._tail = seen[1 - len("</think>") :]
 
     def _switch(self, is_dim: bool) -> None:
         if self._has_color and is_dim != self._is_dim:

@@ -52,8 +52,9 @@ class Conversation:
         self._num_asked = 0
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Start over: the same questions get the same answers again."""
         self.messages = []
+        self._num_asked = 0
 
     def send(self, text: str) -> str:
         """Add a user turn, and show and return the answer. If that fails, the turn is not kept."""

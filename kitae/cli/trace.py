@@ -115,24 +115,10 @@ class _Trace:
 
     def _read_example(self) -> Example:
         """The raw row, and what it is recognised as."""
-        from kitae.data.files import expand
         from kitae.data.formats import RowError, to_example
-        from kitae.data.readers import read_records
 
         data = self._cfg.data
-        records = (
-            item
-            for file in expand(data.train, split=data.split)
-            for item in read_records(file.path, name=file.name)
-        )
-        count = 0
-        for count, (record, where) in enumerate(records, 1):
-            if count > self._number:
-                break
-        else:
-            raise DataError(
-                f"--row is {self._number}, but {' '.join(data.train)} has {count} rows, numbered from 0"
-            )
+        record, where = self._record()
         self._found |= {
             "source": where,
             "record": record if not isinstance(record, RowError) else str(record),
@@ -152,6 +138,21 @@ class _Trace:
         )
         self._found |= {"messages": example.messages, "answer": example.answer}
         return example
+
+    def _record(self) -> tuple[Any, str]:
+        """The row of this number over all files (any JSON value, or why it cannot be read), and its file:line."""
+        from kitae.data.files import expand
+        from kitae.data.readers import read_records
+
+        data, count = self._cfg.data, 0
+        for file in expand(data.train, split=data.split):
+            for record, where in read_records(file.path, name=file.name):
+                if count == self._number:
+                    return record, where
+                count += 1
+        raise DataError(
+            f"--row is {self._number}, but {' '.join(data.train)} has {count} rows, numbered from 0"
+        )
 
     def _prepare_sft(self, example: Example, template: Template, learner: Learner) -> Prepared:
         from kitae.algos import averaging, losses
@@ -200,11 +201,11 @@ class _Trace:
         advantages_PG = advantages.group_relative(
             rewards_of(scores, num_generations=n), scale_by_std=cfg.grpo.scale_by_std
         )
+        judged = zip(groups[0], scores[0], advantages_PG[0].tolist(), strict=True)
         lines = [
-            f"{i}: reward {score.value} ({score.reason}), advantage {advantage:+.4f}, {rollout.finish_reason}: {rollout.text!r}"
-            for i, (rollout, score, advantage) in enumerate(
-                zip(groups[0], scores[0], advantages_PG[0].tolist(), strict=True)
-            )
+            f"{i}: reward {score.value} ({score.reason}), advantage {advantage:+.4f}, {rollout.finish_reason}: "
+            f"{rollout.text!r}"
+            for i, (rollout, score, advantage) in enumerate(judged)
         ]
         self._say(f"a group of {n} completions at temperature {temperature}, judged", "\n".join(lines))
         self._found["rewards"] = [score.value for score in scores[0]]
@@ -229,10 +230,16 @@ class _Trace:
     ) -> None:
         """Text, tokens, packing and the model's log-probabilities."""
         decode = template.tokenizer.decode
+        mark = "green" if self._has_color else "between [[ and ]]"
         for number, row in enumerate(prepared.rows):
-            text = "".join(self._marked(decode(ids), is_taught=is_taught) for is_taught, ids in _runs(row))
-            mark = "green" if self._has_color else "between [[ and ]]"
-            self._say(f"row {number}: {len(row.token_ids)} tokens, {row.num_taught} taught ({mark})", text)
+            first = row.prompt_length if number else 0  # rows of a group share their prompt
+            text = "".join(
+                self._marked(decode(ids), is_taught=is_taught) for is_taught, ids in _runs(row, first)
+            )
+            shared = f", the first {first} as above" if first else ""
+            self._say(
+                f"row {number}: {len(row.token_ids)} tokens{shared}, {row.num_taught} taught ({mark})", text
+            )
         packed = [
             f"forward {number}: {b.packing.num_real_tokens} tokens padded to {b.packing.num_tokens}, "
             f"{len(b.source_N)} predictions; segments (start, length, prefix): "
@@ -247,7 +254,7 @@ class _Trace:
         for number, row in enumerate(prepared.rows):
             tokens = list(_tokens(row, decode=decode, predictions=predictions))
             self._found["rows"].append({"weight": row.weight, "tokens": tokens})
-            self._say(f"row {number}, token by token", _table(tokens))
+            self._say(f"row {number}, token by token", _table(tokens[row.prompt_length if number else 0 :]))
 
     def _show_gradient(self, prepared: Prepared, batches: list[Batch], learner: Learner) -> None:
         """Loss, gradient, and where the result would be kept."""
@@ -286,17 +293,19 @@ class _Trace:
         return f"{GREEN}{text}{PLAIN}" if self._has_color else f"[[{text}]]"
 
 
-def _runs(row: Row) -> Iterator[tuple[bool, list[int]]]:
-    """Stretches of tokens that are all taught or all not."""
-    start = 0
-    for i in range(1, len(row.token_ids) + 1):
+def _runs(row: Row, start: int) -> Iterator[tuple[bool, list[int]]]:
+    """Stretches of tokens, from `start` on, that are all taught or all not."""
+    for i in range(start + 1, len(row.token_ids) + 1):
         if i == len(row.token_ids) or row.loss_mask[i] != row.loss_mask[start]:
             yield row.loss_mask[start], row.token_ids[start:i]
             start = i
 
 
 def _tokens(row: Row, *, decode: Any, predictions: Iterator[tuple[float, int]]) -> Iterator[dict[str, Any]]:
-    """One record per token; a taught one with the log-probability the model gave it. `decode` is the tokenizer's."""
+    """One record per token; a taught one with the position it is predicted from, and its log-probability.
+
+    `decode` is the tokenizer's. Cross-entropy has a loss per token; other losses show the numbers they are made of.
+    """
     for place, (token_id, is_taught) in enumerate(zip(row.token_ids, row.loss_mask, strict=True)):
         record: dict[str, Any] = {
             "place": place,
@@ -306,7 +315,9 @@ def _tokens(row: Row, *, decode: Any, predictions: Iterator[tuple[float, int]]) 
         }
         if is_taught:
             logprob, position = next(predictions)
-            record |= {"weight": row.weight, "logprob": logprob, "from_position": position}
+            record |= {"from": position, "logprob": logprob, "weight": row.weight}
+            if not row.streams:
+                record["loss"] = -logprob * row.weight
             record |= {name: values[place] for name, values in row.streams.items()}
         yield record
 

@@ -90,42 +90,40 @@ def _fetch(url: str) -> list[DataFile]:
 
 
 def _from_hub(name: str, split: str) -> list[DataFile]:
-    """Download the files of one split of a hub data set: `owner/name`, or `owner/name/config`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    """Download the files of one split of a hub data set, `owner/name` or `owner/name/config`; offline, use the cache."""
+    from huggingface_hub import HfApi, errors, snapshot_download
 
-    owner, repo, *config = name.split("/", 2)
-    repo_id = f"{owner}/{repo}"
+    owner, repo, *rest = name.split("/", 2)
+    repo_id, config = f"{owner}/{repo}", rest[0] if rest else None
+    connection_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the hub's HTTP library
     try:
-        names = _hub_names(repo_id)
-        if names is None:  # not reachable: what is in the local cache
-            cached = Path(snapshot_download(repo_id, repo_type="dataset", local_files_only=True))
-            names = [str(p.relative_to(cached)) for p in sorted(cached.rglob("*")) if p.is_file()]
-        chosen = select_split(names, name=name, split=split, config=config[0] if config else None)
+        info = HfApi().dataset_info(repo_id, timeout=20)
+        chosen = select_split(
+            [f.rfilename for f in info.siblings or []], name=name, split=split, config=config
+        )
         folder = Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=chosen))
-    except (
-        OSError,
-        HFValidationError,
-    ) as error:  # the hub's own errors, "not in the cache" included, are OSErrors
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(
-            f"{name}: no such file or folder here, and not to be had from the hub: {reason}"
-        ) from error
+    except (OSError, connection_error, errors.HFValidationError) as error:
+        cached = None if isinstance(error, errors.HfHubHTTPError | ValueError) else _cached(repo_id)
+        if cached is None:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise DataError(
+                f"{name}: no such file or folder, and not to be had from the hub: {reason}"
+            ) from error
+        folder, names = cached
+        chosen = select_split(names, name=name, split=split, config=config)
     return [DataFile(folder / file, f"{repo_id}/{file}") for file in chosen]
 
 
-def _hub_names(repo_id: str) -> list[str] | None:
-    """Names of the data set's files; None where the hub cannot be reached."""
-    from huggingface_hub import HfApi, errors
+def _cached(repo_id: str) -> tuple[Path, list[str]] | None:
+    """Folder and file names of a hub data set in the local cache, if it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    unreachable: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of the hub's own HTTP library
     try:
-        info = HfApi().dataset_info(repo_id, timeout=20)
-    except errors.HfHubHTTPError:  # it answered, with no
-        raise
-    except (ConnectionError, unreachable):
+        folder = Path(snapshot_download(repo_id, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
         return None
-    return [file.rfilename for file in info.siblings or []]
+    return folder, [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 def select_split(names: Sequence[str], *, name: str, split: str, config: str | None) -> list[str]:

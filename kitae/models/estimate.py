@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from kitae.config import LoraSettings
 from kitae.errors import PlanError
 from kitae.models.lora import Targets, find_targets, unquantized
 
@@ -17,6 +16,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 1 / 256
 """Bytes per weight in NF4: 4 bits, a scale of 8 bits per 64 weights, and the scale's own scales."""
 TRAINING_BYTES = 16
 """Per trained weight beyond the computed copy: float32 master, gradient, and AdamW's two moments."""
+SUGGESTED_RANK = 16
 RESERVE = 0.05
 """Share of the machine's memory left to activations, logits and everything else."""
 
@@ -93,16 +93,13 @@ def require_fit(meta_model: Any, plan: Plan, *, name: str, free: int, total: int
     room = free - int(RESERVE * total)
     if need.total_bytes <= room:
         return need
-    changes = [
-        (text, estimate(meta_model, changed).total_bytes)
-        for text, changed in _cheaper(plan)
-    ]
-    fitting = next((f"{text} needs {_gib(size)}" for text, size in changes if size <= room), None)
+    changes = [(text, estimate(meta_model, changed).total_bytes) for text, changed in _cheaper(plan)]
+    fitting = next((f"{text} needs {_size(size)}" for text, size in changes if size <= room), None)
     advice = fitting or "take a smaller model or a machine with more memory"
     raise PlanError(
-        f"{name} needs {_gib(need.total_bytes)} before activations ({need.parameters:,} parameters: weights "
-        f"{_gib(need.weight_bytes)}, training {need.trainable:,} of them {_gib(need.training_bytes)}), but "
-        f"{_gib(max(room, 0))} of {_gib(total)} are free; {advice}"
+        f"{name} needs {_size(need.total_bytes)} before activations ({need.parameters:,} parameters: weights "
+        f"{_size(need.weight_bytes)}, training {need.trainable:,} of them {_size(need.training_bytes)}), but "
+        f"{_size(max(room, 0))} of {_size(total)} are free; {advice}"
     )
 
 
@@ -110,17 +107,17 @@ def _cheaper(plan: Plan) -> list[tuple[str, Plan]]:
     """Changes of the settings that take less memory, the least change first."""
     options: list[tuple[str, Plan]] = []
     if plan.trainable and not plan.lora_rank:
-        plan = replace(plan, lora_rank=LoraSettings().rank or 16)
+        plan = replace(plan, lora_rank=SUGGESTED_RANK)
         options.append((f"lora.rank = {plan.lora_rank}", plan))
     if plan.dtype == torch.float32:
         plan = replace(plan, dtype=torch.bfloat16)
-        text = " with ".join([*(t for t, _ in options[-1:]), "model.dtype = bfloat16"])
+        text = " and ".join([*(t for t, _ in options[-1:]), "model.dtype = bfloat16"])
         options.append((text, plan))
     if not plan.nf4 and (plan.lora_rank or not plan.trainable):
-        text = " with ".join([*(t for t, _ in options[-1:]), "model.quantization = nf4"])
+        text = " and ".join([*(t for t, _ in options[-1:]), "model.quantization = nf4"])
         options.append((text, replace(plan, nf4=True)))
     return options
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

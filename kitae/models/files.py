@@ -40,7 +40,9 @@ def find_model(name_or_path: str, *, revision: str | None = None, with_code: boo
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not base:
-            raise ModelError(f"{folder}/adapter_config.json names no base_model_name_or_path; write the base in there")
+            raise ModelError(
+                f"{folder}/adapter_config.json names no base_model_name_or_path; write the base in there"
+            )
         found = find_model(str(base), with_code=with_code)
         if found.adapter is not None:
             raise ModelError(f"{folder} is an adapter on {base}, an adapter itself; merge that one first")
@@ -48,7 +50,9 @@ def find_model(name_or_path: str, *, revision: str | None = None, with_code: boo
     if not (folder / "config.json").is_file():
         if (folder / "run.json").is_file():
             raise ModelError(f"{folder} is a run that has no final model yet; resume it with --resume")
-        raise ModelError(f"{folder} has neither config.json nor adapter_config.json, so it is no model folder")
+        raise ModelError(
+            f"{folder} has neither config.json nor adapter_config.json, so it is no model folder"
+        )
     is_local = Path(name_or_path).expanduser().is_dir()
     return ModelFiles(folder=folder, name=str(folder.resolve()) if is_local else name_or_path)
 
@@ -63,17 +67,28 @@ def find_folder(name_or_path: str, *, revision: str | None = None, with_code: bo
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path):
         raise ModelError(f"no such folder: {name_or_path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = [*HUB_FILES, "*.py"] if with_code else HUB_FILES
     here = f"{name_or_path} is no folder here"
     try:
         return Path(
-            snapshot_download(name_or_path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+            snapshot_download(
+                name_or_path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
         )
     except GatedRepoError as error:
-        raise ModelError(f"{name_or_path} asks for consent on the hub; accept its terms, then set HF_TOKEN") from error
+        raise ModelError(
+            f"{name_or_path} asks for consent on the hub; accept its terms, then set HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"{name_or_path} has no revision {revision!r} on the hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -91,7 +106,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         mapping = read_json(index).get("weight_map")
         names = sorted(set(mapping.values())) if isinstance(mapping, dict) else []
-        if not names or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
+        if not names or not all(
+            isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names
+        ):
             raise ModelError(f"{index} names shards that are not plain .safetensors file names")
         files = [folder / name for name in names]
     else:
@@ -115,22 +132,30 @@ def header(file: Path) -> dict[str, tuple[str, list[int]]]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise ModelError(f"{file} is not a whole safetensors file: a header of {length:,} bytes in {size:,}")
+                raise ModelError(
+                    f"{file} is not a whole safetensors file: a header of {length:,} bytes in {size:,}"
+                )
             entries = json.loads(stream.read(length))
         entries.pop("__metadata__", None)
         found = {name: (e["dtype"], e["shape"], e["data_offsets"]) for name, e in entries.items()}
     except FileNotFoundError as error:
-        raise ModelError(f"{file} is missing, though the model's index names it; download it again") from error
+        raise ModelError(
+            f"{file} is missing, though the model's index names it; download it again"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} has a damaged safetensors header ({error}); download it again") from error
     for name, (dtype, shape, (start, stop)) in found.items():
         if min(shape, default=0) < 0 or math.prod(shape) * ELEMENT_BITS.get(dtype, 0) != 8 * (stop - start):
-            raise ModelError(f"{file}: {name} is said to be {dtype} {shape}, but holds {stop - start:,} bytes")
+            raise ModelError(
+                f"{file}: {name} is said to be {dtype} {shape}, but holds {stop - start:,} bytes"
+            )
         if max(shape, default=0) > 2**40:
             raise ModelError(f"{file}: {name} has an impossible shape {shape}")
     data = max((stop for _, _, (_, stop) in found.values()), default=0)
     if size != 8 + length + data:
-        raise ModelError(f"{file} is {size:,} bytes long, its header says {8 + length + data:,}; download it again")
+        raise ModelError(
+            f"{file} is {size:,} bytes long, its header says {8 + length + data:,}; download it again"
+        )
     return {name: (dtype, shape) for name, (dtype, shape, _) in found.items()}
 
 

@@ -44,7 +44,9 @@ class Kept:
         is_free_N = (counts == 0).to(device)
         is_kept_N = is_free_N.clone()
         is_kept_N[prediction_L[id_L == targets_N[prediction_L]]] = True
-        assert is_kept_N.all(), f"targets outside their kept ids at {(~is_kept_N).nonzero().flatten().tolist()[:5]}"
+        assert is_kept_N.all(), (
+            f"targets outside their kept ids at {(~is_kept_N).nonzero().flatten().tolist()[:5]}"
+        )
         return cls(prediction_L, id_L, [0, *counts.cumsum(0).tolist()], is_free_N)
 
     def mask_(self, logits_CV: Tensor, start: int, stop: int) -> None:
@@ -118,7 +120,9 @@ class _Gradients:
     bias_V: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, needs: Sequence[bool]) -> _Gradients:
+    def zeros(
+        cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, needs: Sequence[bool]
+    ) -> _Gradients:
         return cls(
             torch.empty_like(hidden_NH) if needs[0] else None,
             torch.zeros_like(weight_VH, dtype=torch.float32) if needs[1] else None,
@@ -138,7 +142,12 @@ class _Gradients:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, task: _Task, coefficients_N: Tensor | None
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        task: _Task,
+        coefficients_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         n = len(hidden_NH)
         logprobs_N, lse_N, entropy_N = torch.zeros(3, n, device=hidden_NH.device).unbind(0)
@@ -156,7 +165,9 @@ class _Chunked(torch.autograd.Function):
                 entropy_C = lse_C1[:, 0] - ((logits_CV - lse_C1).exp() * logits_CV).sum(-1)
                 entropy_N[start:stop] = entropy_C[: stop - start]
             if eager is not None and coefficients_N is not None:
-                _to_gradient_(logits_CV, targets_C1, lse_C1, _padded(coefficients_N, start, stop, task.rows)[:, None])
+                _to_gradient_(
+                    logits_CV, targets_C1, lse_C1, _padded(coefficients_N, start, stop, task.rows)[:, None]
+                )
                 eager.add(start, stop, logits_CV.div_(task.temperature), hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, lse_N, entropy_N)
         ctx.task, ctx.coefficients_N, ctx.eager = task, coefficients_N, eager

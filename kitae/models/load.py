@@ -16,7 +16,8 @@ import torch
 from kitae import backends
 from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import estimate, files, lora as adapters, quant, seams
+from kitae.models import estimate, files, quant, seams
+from kitae.models import lora as adapters
 from kitae.models.families import find_family
 from kitae.models.policy import Policy
 from kitae.plugins import did_you_mean
@@ -72,7 +73,9 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
     if model.quantization == "nf4" and trainable and not rank:
         raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
     if stored == "bitsandbytes" and trainable and not rank:
-        raise ConfigError(f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16")
+        raise ConfigError(
+            f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16"
+        )
     weights = files.weight_files(found.folder)
 
     device = backends.pick_device(model.device)
@@ -90,9 +93,13 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
         meta = estimate.build_on_meta(config)
         free, total = backends.of(device).memory(device)
         need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
-        log.info("memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30)
+        log.info(
+            "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
+        )
 
-    causal_lm = _load_weights(model, found, config, weights, stored=stored, dtype=dtype, device=device, meta=meta)
+    causal_lm = _load_weights(
+        model, found, config, weights, stored=stored, dtype=dtype, device=device, meta=meta
+    )
     family = find_family(causal_lm.config.model_type)
     used = seams.install(causal_lm, model.seams, family)
     peft: Any = None

@@ -66,7 +66,9 @@ def find_targets(causal_lm: Any, wanted: list[str] | str) -> Targets:
     for target in wanted:
         found = [n for n in linears if f".{n}".endswith(f".{target}")]
         inside = FUSED_FROM.get(target, target)
-        found += [n for n in fused if f".{n}".endswith(f".{inside}") or n.rpartition(".")[0].endswith(f".{target}")]
+        found += [
+            n for n in fused if f".{n}".endswith(f".{inside}") or n.rpartition(".")[0].endswith(f".{target}")
+        ]
         if not found:
             known = sorted({n.rpartition(".")[2] for n in linears + fused})
             raise ModelError(
@@ -121,11 +123,15 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
         _initialise_(name, parameter, settings.init_seed)
     missing = _count(targets) - Counter(_adapted_kind(name) for name, _ in _adapted(causal_lm))
     if missing:
-        raise ModelError(f"peft left these layers without an adapter: {dict(missing)}; report it with the model's name")
+        raise ModelError(
+            f"peft left these layers without an adapter: {dict(missing)}; report it with the model's name"
+        )
     return wrapper
 
 
-def load_adapter(causal_lm: Any, folder: Path, *, trainable: bool, dtype: torch.dtype) -> tuple[Any, str | None]:
+def load_adapter(
+    causal_lm: Any, folder: Path, *, trainable: bool, dtype: torch.dtype
+) -> tuple[Any, str | None]:
     """Put an adapter folder on the model; to go on training it, a frozen copy stays as the run's reference.
 
     Returned are peft's wrapper and the name of that copy, None where the adapter does not train.
@@ -178,7 +184,9 @@ def coverage(causal_lm: Any) -> Coverage:
     sizes: Counter[str] = Counter()
     for name, module in _adapted(causal_lm):
         matrices = [*module.lora_A.values(), *module.lora_B.values()]
-        sizes[_adapted_kind(name)] += sum(p.numel() for m in matrices for p in m.parameters() if p.requires_grad)
+        sizes[_adapted_kind(name)] += sum(
+            p.numel() for m in matrices for p in m.parameters() if p.requires_grad
+        )
     rows = [
         CoverageRow(target=kind, layers=n, adapted=adapted[kind], parameters=sizes[kind])
         for kind, n in sorted(candidates.items())
@@ -197,16 +205,18 @@ def coverage_table(found: Coverage) -> Table:
     from rich.table import Table
 
     share = f"{found.trainable:,} of {found.total:,} parameters train ({found.trainable / found.total:.2%})"
-    experts_gib = f"; routed experts stay unquantized, {found.expert_bytes / 2**30:.2f} GiB" if found.expert_bytes else ""
+    experts_gib = (
+        f"; routed experts stay unquantized, {found.expert_bytes / 2**30:.2f} GiB"
+        if found.expert_bytes
+        else ""
+    )
     table = Table("target", "layers", "adapted", "parameters", caption=share + experts_gib)
     for row in found.rows:
         table.add_row(row.target, str(row.layers), str(row.adapted), f"{row.parameters:,}")
     return table
 
 
-def zero_gradient_adapters(
-    causal_lm: nn.Module, gradients: Mapping[str, Tensor] | None = None
-) -> list[str]:
+def zero_gradient_adapters(causal_lm: nn.Module, gradients: Mapping[str, Tensor] | None = None) -> list[str]:
     """Adapted layers whose A and B both have no or zero gradient; call it after the first backward.
 
     At the first step A's gradient is zero because B is, so a layer counts only when neither moves. Gradients are

@@ -1,6 +1,6 @@
 """The policy: an unmodified transformers causal LM, called on packed batches through the seams.
 
-    Batch --backbone (attention seam)--> hidden_TH --source_N--> head seam --> logprobs_N, entropy_N
+Batch --backbone (attention seam)--> hidden_TH --source_N--> head seam --> logprobs_N, entropy_N
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ class Policy(nn.Module):
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Inside it the model computes without its adapter; without one, nothing changes."""
-        context: AbstractContextManager[None] = nullcontext() if self.peft is None else self.peft.disable_adapter()
+        context: AbstractContextManager[None] = (
+            nullcontext() if self.peft is None else self.peft.disable_adapter()
+        )
         return context
 
     @contextmanager

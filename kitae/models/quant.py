@@ -40,7 +40,9 @@ def require_bitsandbytes(what: str) -> None:
         raise MissingExtraError(f"{what} needs bitsandbytes; pip install 'kitae[qlora]'")
 
 
-def dequantize_fp8(weight: Tensor, scale_inv: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize_fp8(
+    weight: Tensor, scale_inv: Tensor, *, block: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """weight [rows, columns] times the scale of each element's block; blocks at the edges may be smaller."""
     rows, columns = weight.shape
     if scale_inv.shape != (-(-rows // block[0]), -(-columns // block[1])):

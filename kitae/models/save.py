@@ -14,7 +14,11 @@ from kitae.models.policy import Policy
 
 
 def save_policy(
-    policy: Policy, folder: str | Path, *, tensors: Mapping[str, Tensor] | None = None, max_shard_gib: float = 5.0
+    policy: Policy,
+    folder: str | Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    max_shard_gib: float = 5.0,
 ) -> list[Path]:
     """Write model or adapter in the precision it computes in, so that from_pretrained reads it; return the files.
 
@@ -41,8 +45,9 @@ def _save_model(policy: Policy, folder: Path, tensors: Mapping[str, Tensor], max
     state |= tensors
     parameters = {name for name, _ in causal_lm.named_parameters()}
     whole = {n: _plain(v, policy.dtype if n in parameters else None) for n, v in state.items()}
-    causal_lm.config.dtype = policy.dtype
     causal_lm.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
+    causal_lm.config.dtype = policy.dtype  # transformers wrote the module's, which may hold wider shards
+    causal_lm.config.save_pretrained(folder)
 
 
 def _save_adapter(policy: Policy, folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -52,7 +57,9 @@ def _save_adapter(policy: Policy, folder: Path, tensors: Mapping[str, Tensor]) -
     whole = {prefix + n: _plain(v, policy.dtype) for n, v in {**state, **tensors}.items()}
     config = policy.peft.peft_config[ADAPTER]
     config.base_model_name_or_path = policy.base_name
-    policy.peft.save_pretrained(folder, selected_adapters=[ADAPTER], state_dict=whole, save_embedding_layers=False)
+    policy.peft.save_pretrained(
+        folder, selected_adapters=[ADAPTER], state_dict=whole, save_embedding_layers=False
+    )
 
 
 def _check_names(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,14 @@ log = logging.getLogger(__name__)
 
 NAME = "kitae"
 """What our functions are called in transformers' registries."""
-HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "return_dict"}
+HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 """What architectures pass to attention that does not change causal attention over packed rows."""
 ROWS = (11, 6, 9)
 """Lengths of the rows that seam and plain module are compared on; the last two share the first as their prompt."""
@@ -63,9 +70,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         log.info("head seam off: %s scales, caps or adapts its logits", causal_lm.config.model_type)
     if settings.rmsnorm:
         fuse_rmsnorms(causal_lm)
-    return SeamSettings(
-        attention=use_attention, head=use_head, experts=use_experts, rmsnorm=settings.rmsnorm
-    )
+    return SeamSettings(attention=use_attention, head=use_head, experts=use_experts, rmsnorm=settings.rmsnorm)
 
 
 def has_plain_head(causal_lm: Any) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from kitae.config import SeamSettings
 from kitae.parallel.world import World
 
-if TYPE_CHECKING:
-    from kitae.models.policy import Policy
-
 log = logging.getLogger(__name__)
+
+
+class Policy(Protocol):
+    """What sharding asks of models.policy.Policy, which lies in a sibling layer."""
+
+    causal_lm: Any  # a transformers model, whose attributes are dynamic
+    peft: Any
+    dtype: torch.dtype
+    seams: SeamSettings
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]: ...
 
 
 def shard(policy: Policy, world: World) -> None:
@@ -51,7 +64,7 @@ def shard(policy: Policy, world: World) -> None:
         whole = {p for p in policy.parameters() if p.requires_grad or not p.is_floating_point()}
         precision = MixedPrecisionPolicy(cast_forward_inputs=False)
     layers: nn.ModuleList = policy.causal_lm.get_decoder().layers
-    for module in [*layers, policy]:
+    for module in [*layers, cast(nn.Module, policy)]:
         fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
     for module in _sharded_modules(policy):
         module.set_gradient_divide_factor(1.0)
@@ -68,9 +81,8 @@ def unsharded(policy: Policy) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, module in enumerate(
-            modules
-        ):  # the root comes first; FSDP never reshards it after its forward
+        # The root comes first; FSDP never reshards it after its forward.
+        for number, module in enumerate(modules):
             module.set_reshard_after_forward(number > 0, recurse=False)
         drop_gathered(policy)
 

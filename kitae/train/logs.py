@@ -29,6 +29,17 @@ class Clean(logging.Formatter):
         return super().formatMessage(record)
 
 
+class LogFile(logging.FileHandler):
+    """train.log; a line that the disk refuses is said once on the terminal and costs the run nothing."""
+
+    is_broken = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.is_broken:
+            self.is_broken = True
+            logging.getLogger(__name__).warning("%s cannot be written any more", self.baseFilename)
+
+
 class RunLog:
     """Sends kitae's log lines to train.log and to the terminal, from open to close; silent on ranks above 0."""
 
@@ -40,7 +51,7 @@ class RunLog:
             self._logger.setLevel(logging.ERROR)
             return
         with disk_errors(folder / "train.log"):
-            file = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
+            file = LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(Clean("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(file)
         if not self._logger.handlers:  # nobody prints kitae's lines yet

@@ -79,6 +79,7 @@ class Server:
         """
         self.count += 1
         output = self.folder / f"life_{self.count}.txt"
+        output.touch()
         pid = self.ask(
             command="start",
             output=str(output),
@@ -148,10 +149,10 @@ def live(command: dict[str, Any]) -> None:
     try:
         fault_trainer.train(**command["options"])
     except KitaeError as error:
-        os.write(2, f"kitae: error: {error}\n".encode())
+        os.write(descriptor, f"kitae: error: {error}\n".encode())
         code = exit_code(error)
     except BaseException as error:
-        os.write(2, traceback.format_exc().encode())
+        os.write(descriptor, traceback.format_exc().encode())
         code = exit_code(error)
     os._exit(code)
 

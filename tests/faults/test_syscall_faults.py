@@ -26,6 +26,10 @@ OPTIONS = {"total": 4, "save": {"steps": 2, "keep": 1}, "log": {"report_to": ["n
 POINTS = int(os.environ.get("KITAE_SYSCALL_POINTS", "16"))
 
 
+MAY_FAIL = re.compile(r"lives/life_|pipe:|resources\.jsonl|train\.log|/home|checkpoints\", 0777")
+"""What a run goes on without: its terminal, resources.jsonl, train.log, its pointer, making a folder that is there."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _strace() -> None:
     if shutil.which("strace") is None:
@@ -97,7 +101,7 @@ def test_an_error_at_any_call_is_reported_and_loses_nothing(
         log = tmp_path / "log"
         life = traced(server, folder, log, "-e", f"inject={call}:error={error}:when={number}")
         injected = next((line for line in log.read_text().splitlines() if "INJECTED" in line), "")
-        if not re.search(r"lives|/dev/|pipe:|resources\.jsonl|train\.log|home", injected) and injected:
+        if injected and not MAY_FAIL.search(injected):
             assert life.code == 2, f"{where}: {life.code} {injected} {life.text()}"
             assert "kitae: error: " in life.text(), where
         assert "Traceback" not in life.text(), f"{where}: {life.text()}"

@@ -38,7 +38,9 @@ def batch_of(rows, **options):
 def policy_of(tiny):
     """A function family -> Policy of the tiny model, with any model settings."""
 
-    def make(family: str = "qwen3", *, lora=None, trainable: bool = True, path: Path | None = None, **settings):
+    def make(
+        family: str = "qwen3", *, lora=None, trainable: bool = True, path: Path | None = None, **settings
+    ):
         seams = settings.pop("seams", SeamSettings())
         where = str(path or tiny(family))
         model = ModelSettings(name_or_path=where, device="cpu", dtype="float32", seams=seams, **settings)
@@ -54,7 +56,10 @@ def plain_model(tiny):
 
     def make(family: str = "qwen3", *, path: Path | None = None):
         return AutoModelForCausalLM.from_pretrained(
-            path or tiny(family), attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+            path or tiny(family),
+            attn_implementation="eager",
+            experts_implementation="eager",
+            dtype=torch.float32,
         )
 
     return make

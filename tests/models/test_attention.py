@@ -29,7 +29,10 @@ def slow(q, k, v, packing, scaling):
     out = []
     for s in packing.segments:
         for i in range(s.length):
-            seen = [*range(s.prefix_start, s.prefix_start + s.prefix_length), *range(s.start, s.start + i + 1)]
+            seen = [
+                *range(s.prefix_start, s.prefix_start + s.prefix_length),
+                *range(s.start, s.start + i + 1),
+            ]
             keys = k[seen].repeat_interleave(q.shape[1] // k.shape[1], 1)
             values = v[seen].repeat_interleave(q.shape[1] // k.shape[1], 1)
             weights = torch.einsum("hd,khd->hk", q[s.start + i], keys).mul(scaling).softmax(-1)

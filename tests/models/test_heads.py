@@ -91,7 +91,9 @@ def test_the_gradient_of_the_entropy_equals_a_softmax_written_out(kept_ids, fore
     kept = None if kept_ids is None else Kept.of(kept_ids, targets)
     ahead = torch.ones(N) if foretold else None
     loss(
-        *chunked_logprobs(*inputs, targets, kept=kept, temperature=0.7, with_entropy=True, coefficients_N=ahead)
+        *chunked_logprobs(
+            *inputs, targets, kept=kept, temperature=0.7, with_entropy=True, coefficients_N=ahead
+        )
     ).backward()
     got = gradients(inputs)
     *inputs, targets, _ = problem()
@@ -104,7 +106,9 @@ def test_the_gradient_of_the_entropy_equals_a_softmax_written_out(kept_ids, fore
 def test_a_frozen_head_gets_no_gradient(foretold):
     hidden, weight, _, targets, coefficients = problem()
     weight.requires_grad_(False)
-    found, _ = chunked_logprobs(hidden, weight, None, targets, coefficients_N=coefficients if foretold else None)
+    found, _ = chunked_logprobs(
+        hidden, weight, None, targets, coefficients_N=coefficients if foretold else None
+    )
     (found * coefficients).sum().backward()
     assert weight.grad is None
     assert hidden.grad is not None

@@ -113,7 +113,9 @@ def test_named_targets_adapt_what_they_name_and_nothing_else(family, targets, ad
 
 
 def test_a_target_that_adapts_nothing_is_refused_with_the_nearest_name(policy_of):
-    with pytest.raises(ModelError, match=r"'q_porj' adapts nothing in this qwen3 model; did you mean 'q_proj'"):
+    with pytest.raises(
+        ModelError, match=r"'q_porj' adapts nothing in this qwen3 model; did you mean 'q_proj'"
+    ):
         policy_of("qwen3", lora=LoraSettings(rank=2, target_modules=["v_proj", "q_porj"]))
 
 
@@ -182,7 +184,9 @@ def test_a_trained_adapter_loads_for_use_without_naming_its_rank(policy_of, tmp_
     policy = policy_of("qwen3", lora=LORA)
     randomise(policy)
     save_policy(policy, tmp_path)
-    again = load_policy(ModelSettings(name_or_path=str(tmp_path), dtype="float32", device="cpu"), trainable=False)
+    again = load_policy(
+        ModelSettings(name_or_path=str(tmp_path), dtype="float32", device="cpu"), trainable=False
+    )
     assert again.named_trainable() == []
     assert not again.training
     assert loss_of(again).item() == loss_of(policy).item()
@@ -190,7 +194,9 @@ def test_a_trained_adapter_loads_for_use_without_naming_its_rank(policy_of, tmp_
 
 def test_going_on_with_another_rank_is_refused(policy_of, tmp_path):
     save_policy(policy_of("qwen3", lora=LORA), tmp_path)
-    with pytest.raises(ConfigError, match=r"lora.rank is 8, but the adapter in .* has rank 4; set lora.rank = 4"):
+    with pytest.raises(
+        ConfigError, match=r"lora.rank is 8, but the adapter in .* has rank 4; set lora.rank = 4"
+    ):
         policy_of("qwen3", lora=LoraSettings(rank=8), path=tmp_path)
     with pytest.raises(ConfigError, match="set lora.rank = 4"):
         policy_of("qwen3", path=tmp_path)

@@ -39,7 +39,9 @@ def test_fp8_blocks_are_scaled_as_defined_and_edges_may_be_smaller(shape):
 
 def test_scales_of_another_block_size_are_refused():
     with pytest.raises(ModelError, match=r"8 x 8 has \(2, 2\) scales"):
-        dequantize_fp8(torch.zeros(8, 8).to(torch.float8_e4m3fn), torch.ones(2, 2), block=(8, 8), dtype=torch.float32)
+        dequantize_fp8(
+            torch.zeros(8, 8).to(torch.float8_e4m3fn), torch.ones(2, 2), block=(8, 8), dtype=torch.float32
+        )
 
 
 def quantize_fp8(folder, target):
@@ -48,13 +50,15 @@ def quantize_fp8(folder, target):
     stored, plain = {}, {}
     for name, tensor in tensors.items():
         plain[name] = tensor
-        is_linear = tensor.dim() == 2 and name.endswith("_proj.weight") or "kv_a_proj" in name
+        is_linear = (tensor.dim() == 2 and name.endswith("_proj.weight")) or "kv_a_proj" in name
         if not is_linear:
             stored[name] = tensor
             continue
         rows, columns = (-(-n // BLOCK) for n in tensor.shape)
         scale = torch.rand(rows, columns, generator=torch.Generator().manual_seed(len(name))) * 0.02 + 0.001
-        full = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: tensor.shape[0], : tensor.shape[1]]
+        full = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[
+            : tensor.shape[0], : tensor.shape[1]
+        ]
         stored[name] = (tensor / full).clamp(-448, 448).to(torch.float8_e4m3fn)
         stored[name + "_scale_inv"] = scale
         plain[name] = stored[name].float() * full
@@ -103,7 +107,9 @@ def test_nf4_stores_linears_in_four_bits_and_trains_an_adapter(family, tiny, pol
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in policy.named_trainable())
     full = coverage(policy_of(family, path=folder, lora=LoraSettings(rank=4)).causal_lm)
     found = coverage(policy.causal_lm)
-    assert [(r.target, r.adapted, r.layers) for r in found.rows] == [(r.target, r.adapted, r.layers) for r in full.rows]
+    assert [(r.target, r.adapted, r.layers) for r in found.rows] == [
+        (r.target, r.adapted, r.layers) for r in full.rows
+    ]
     assert (found.total, found.trainable) == (full.total, full.trainable)
 
     with torch.no_grad(), policy.without_adapter():

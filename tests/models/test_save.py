@@ -15,7 +15,9 @@ ROWS = [random_row(n) for n in (20, 9)]
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_saved_model_loads_with_transformers_and_gives_the_same_log_probs(family, policy_of, tiny, plain_model, tmp_path):
+def test_a_saved_model_loads_with_transformers_and_gives_the_same_log_probs(
+    family, policy_of, tiny, plain_model, tmp_path
+):
     policy, batch = policy_of(family), batch_of(ROWS)
     with torch.no_grad():
         for _, parameter in policy.named_trainable():
@@ -34,7 +36,10 @@ def test_a_saved_model_loads_with_transformers_and_gives_the_same_log_probs(fami
 def test_the_learners_tensors_are_saved_in_the_policys_precision(family, policy_of, tmp_path):
     policy = policy_of(family)
     policy.dtype = torch.bfloat16
-    tensors = {n: torch.full(p.shape, 0.1 + i, dtype=torch.float32) for i, (n, p) in enumerate(policy.named_trainable())}
+    tensors = {
+        n: torch.full(p.shape, 0.1 + i, dtype=torch.float32)
+        for i, (n, p) in enumerate(policy.named_trainable())
+    }
     save_policy(policy, tmp_path, tensors=tensors)
     saved = load_file(tmp_path / "model.safetensors")
     assert torch.equal(saved["model.norm.weight"].float(), tensors["model.norm.weight"].bfloat16().float())

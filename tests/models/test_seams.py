@@ -187,12 +187,18 @@ def _untested_configs():
         t.GPT2Config(vocab_size=112, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2),
         {"head": True},
     )
-    yield "bloom", t.BloomConfig(vocab_size=112, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0), {"attention": False}
+    yield (
+        "bloom",
+        t.BloomConfig(vocab_size=112, hidden_size=64, n_layer=2, n_head=4, pad_token_id=0),
+        {"attention": False},
+    )
     mamba = t.MambaConfig(vocab_size=112, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
     yield "mamba", mamba, {"attention": False}
 
 
-@pytest.mark.parametrize(("config", "expected"), [pytest.param(c, e, id=n) for n, c, e in _untested_configs()])
+@pytest.mark.parametrize(
+    ("config", "expected"), [pytest.param(c, e, id=n) for n, c, e in _untested_configs()]
+)
 def test_an_untested_architecture_gives_its_own_log_probs_with_the_seams_it_bears(
     config, expected, tmp_path, caplog
 ):

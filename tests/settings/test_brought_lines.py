@@ -57,7 +57,9 @@ def test_the_guides_sft_line_means_what_it_says():
 
 
 def test_the_guides_distributed_sft_line_adds_evaluation_and_wandb():
-    cfg, notes = settings("sft", f"{SFT_GUIDE} --evaluation_strategy steps --eval_steps 500 --report_to wandb")
+    cfg, notes = settings(
+        "sft", f"{SFT_GUIDE} --evaluation_strategy steps --eval_steps 500 --report_to wandb"
+    )
     assert chosen(cfg, "eval.steps", "log.report_to") == [500, ["wandb"]]
     assert notes.warnings == []
 
@@ -71,7 +73,11 @@ def test_the_guides_further_flags_map_or_warn_by_name():
         "--report_to none",
     )
     assert chosen(cfg, "resume", "train.max_steps", "model.torch_compile") == [True, 7, True]
-    assert chosen(cfg, "model.gradient_checkpointing", "optim.name", "optim.lr_scheduler") == [True, "adafactor", "cosine"]
+    assert chosen(cfg, "model.gradient_checkpointing", "optim.name", "optim.lr_scheduler") == [
+        True,
+        "adafactor",
+        "cosine",
+    ]
     assert chosen(cfg, "log.report_to", "eval.steps") == [["none"], 0]
     assert notes.dtype_wish == ("--fp16", "float16")
     assert [w.split()[0] for w in notes.warnings] == [
@@ -103,7 +109,8 @@ def test_the_batch_is_rows_per_forward_where_no_logits_batch_is_named():
 
 def test_several_updates_a_round_sample_as_many_times_more_prompts():
     cfg, _ = settings(
-        "grpo", "--model_name_or_path m --dataset_name d --per_device_train_batch_size 16 --steps_per_generation 3"
+        "grpo",
+        "--model_name_or_path m --dataset_name d --per_device_train_batch_size 16 --steps_per_generation 3",
     )
     assert chosen(cfg, "rollout.updates_per_round", "rollout.prompts_per_round") == [3, 6]
 
@@ -113,14 +120,20 @@ def test_colossals_lora_line_runs_without_its_parallel_flags():
     assert chosen(cfg, "model.name_or_path", "data.train", "output_dir") == [
         "DeepSeek-R1-bf16", ["DATA.jsonl"], "DeepSeek-R1-bf16-lora",
     ]  # fmt: skip
-    assert chosen(cfg, "model.gradient_checkpointing", "data.max_length", "optim.learning_rate") == [True, 256, 2e-5]
+    assert chosen(cfg, "model.gradient_checkpointing", "data.max_length", "optim.learning_rate") == [
+        True,
+        256,
+        2e-5,
+    ]
     assert chosen(cfg, "train.per_device_train_batch_size", "train.num_train_epochs") == [24, 2.0]
     assert chosen(cfg, "lora.rank", "lora.alpha", "optim.warmup_steps") == [8, 32.0, 8]
     assert cfg.log.tensorboard_dir == "logs"
     assert notes.warnings == ["--plugin moe has no effect: ranks shard by FSDP2 by themselves"]
 
 
-@pytest.mark.parametrize("flag", ["--ep 8", "--pp 3", "--tp 2", "--sp 2", "--zero_cpu_offload", "--hostfile hosts"])
+@pytest.mark.parametrize(
+    "flag", ["--ep 8", "--pp 3", "--tp 2", "--sp 2", "--zero_cpu_offload", "--hostfile hosts"]
+)
 @pytest.mark.parametrize("recipe", ["sft", "grpo"])
 def test_what_is_not_there_yet_is_refused_by_name(recipe, flag):
     with pytest.raises(ConfigError, match=rf"^{flag}: .* is not there yet; leave the flag out$"):
@@ -139,19 +152,27 @@ def test_colossals_grpo_line_keeps_its_rounds_updates_and_steps():
         "MODEL", "MODEL", ["DATA"], "Qwen_Qwen2.5-3B.json",
     ]  # fmt: skip
     # 8 collect steps of 1 prompt; their 64 completions in batches of 4 x 4: 4 updates a round, 100 rounds.
-    assert chosen(cfg, "rollout.prompts_per_round", "rollout.updates_per_round", "rollout.epochs_per_round") == [8, 4, 1]
+    assert chosen(
+        cfg, "rollout.prompts_per_round", "rollout.updates_per_round", "rollout.epochs_per_round"
+    ) == [8, 4, 1]
     assert cfg.train.max_steps == 400
     assert chosen(cfg, "rollout.rows_per_forward", "rollout.inference_batch_size") == [2, 8]
     assert chosen(cfg, "rollout.max_new_tokens", "rollout.max_prompt_length") == [2000, 1700]
     assert chosen(cfg, "reward.function", "grpo.kl_coef", "optim.max_grad_norm") == ["reasoning", 0.01, 0.1]
-    assert chosen(cfg, "log.report_to", "log.tensorboard_dir", "output_dir") == [["tensorboard", "wandb"], "LOGS", "OUT"]
+    assert chosen(cfg, "log.report_to", "log.tensorboard_dir", "output_dir") == [
+        ["tensorboard", "wandb"],
+        "LOGS",
+        "OUT",
+    ]
     assert [w.split()[:2] for w in notes.warnings] == [["--plugin", "zero2_cpu"]]
     assert "CPU offload is not there yet" in notes.warnings[0]
 
 
 def test_rl_examples_short_flags_count_prompts():
     cfg, notes = settings("grpo", RL_EXAMPLE)
-    assert chosen(cfg, "rollout.num_generations", "rollout.prompts_per_round", "rollout.updates_per_round") == [4, 32, 4]
+    assert chosen(
+        cfg, "rollout.num_generations", "rollout.prompts_per_round", "rollout.updates_per_round"
+    ) == [4, 32, 4]
     assert chosen(cfg, "rollout.rows_per_forward", "rollout.inference_batch_size") == [2, 32]
     assert chosen(cfg, "rollout.initial_temperature", "rollout.top_p", "rollout.top_k") == [0.9, 0.9, 0]
     assert chosen(cfg, "rollout.max_new_tokens", "rollout.max_prompt_length") == [100, 50]
@@ -182,7 +203,11 @@ def test_trls_grpo_flags_map():
         "--mask_truncated_completions",
     )
     assert chosen(cfg, "grpo.kl_coef", "grpo.clip_low", "grpo.clip_high") == [0.04, 0.1, 0.3]
-    assert chosen(cfg, "grpo.average", "grpo.scale_by_std", "rollout.epochs_per_round") == ["constant", False, 2]
+    assert chosen(cfg, "grpo.average", "grpo.scale_by_std", "rollout.epochs_per_round") == [
+        "constant",
+        False,
+        2,
+    ]
     assert chosen(cfg, "rollout.max_new_tokens", "rollout.initial_temperature") == [99, 0.7]
     assert cfg.rollout.mask_truncated
     assert notes.warnings == ["--use_vllm has no effect: kitae has nothing like it"]
@@ -191,7 +216,10 @@ def test_trls_grpo_flags_map():
 def test_peft_flags_map_and_use_peft_brings_a_rank():
     cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --use_peft")
     assert chosen(cfg, "lora.rank", "lora.alpha") == [16, 32]
-    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --use_peft --lora_r 4 --lora_target_modules q_proj v_proj")
+    cfg, _ = settings(
+        "sft",
+        "--model_name_or_path m --dataset_name d --use_peft --lora_r 4 --lora_target_modules q_proj v_proj",
+    )
     assert chosen(cfg, "lora.rank", "lora.target_modules") == [4, ["q_proj", "v_proj"]]
     with pytest.raises(ConfigError, match="contradict"):
         settings("sft", "--model_name_or_path m --dataset_name d --use_peft False --lora_r 4")
@@ -214,7 +242,9 @@ def test_a_notebooks_dict_maps():
 
 
 def test_evaluation_asked_for_without_an_interval_goes_with_the_log():
-    cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --eval_strategy steps --logging_steps 10")
+    cfg, _ = settings(
+        "sft", "--model_name_or_path m --dataset_name d --eval_strategy steps --logging_steps 10"
+    )
     assert cfg.eval.steps == 10
     with pytest.raises(ConfigError, match="--eval_strategy steps: how many"):
         settings("sft", "--model_name_or_path m --dataset_name d --eval_strategy steps")
@@ -224,17 +254,24 @@ def test_evaluation_asked_for_without_an_interval_goes_with_the_log():
 
 def test_resuming_from_elsewhere_is_refused():
     with pytest.raises(ConfigError, match="not inside output_dir"):
-        settings("sft", "--model_name_or_path m --dataset_name d --output_dir a --resume_from_checkpoint b/checkpoints/1")
+        settings(
+            "sft",
+            "--model_name_or_path m --dataset_name d --output_dir a --resume_from_checkpoint b/checkpoints/1",
+        )
     cfg, _ = settings("sft", "--model_name_or_path m --dataset_name d --resume_from_checkpoint False")
     assert not cfg.resume
 
 
 def test_a_flag_of_another_program_warns_once_where_ours_is_refused():
-    cfg, notes = settings("sft", "--model_name_or_path m --dataset_name d --lora_alpha 8 --tf32 True --tf32 True")
+    cfg, notes = settings(
+        "sft", "--model_name_or_path m --dataset_name d --lora_alpha 8 --tf32 True --tf32 True"
+    )
     assert cfg.lora.rank == 0
     assert notes.warnings == [
         "--tf32 has no effect: kitae leaves float32 matrix products at full precision",
         "--lora_alpha has no effect: lora.rank is 0, so there are no adapters",
     ]
-    with pytest.raises(ConfigError, match=r"lora.alpha \(--lora.alpha\) would have no effect: lora.rank is 0"):
+    with pytest.raises(
+        ConfigError, match=r"lora.alpha \(--lora.alpha\) would have no effect: lora.rank is 0"
+    ):
         settings("sft", "--model_name_or_path m --dataset_name d --lora.alpha 8")

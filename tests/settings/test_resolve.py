@@ -29,7 +29,9 @@ def toml(tmp_path):
 
 
 def test_flags_lie_over_the_file_and_the_file_over_defaults(toml):
-    path = toml('[model]\nname_or_path = "m"\n[data]\ntrain = ["a", "b"]\n[optim]\nlearning_rate = 1e-3\nweight_decay = 0.5\n')
+    path = toml(
+        '[model]\nname_or_path = "m"\n[data]\ntrain = ["a", "b"]\n[optim]\nlearning_rate = 1e-3\nweight_decay = 0.5\n'
+    )
     cfg, notes = resolve("sft", [str(path), "--optim.learning_rate", "2e-3"])
     assert (cfg.optim.learning_rate, cfg.optim.weight_decay, cfg.optim.beta1) == (2e-3, 0.5, 0.9)
     assert cfg.data.train == ["a", "b"]
@@ -43,14 +45,20 @@ def test_a_section_given_in_part_keeps_the_recipes_own_defaults():
 
 
 def test_nested_dicts_flat_dicts_and_flags_mean_the_same():
-    nested = {"model": {"name_or_path": "m"}, "data": {"train": ["d.jsonl"]}, "optim": {"learning_rate": 1e-3, "name": "adafactor"}}
+    nested = {
+        "model": {"name_or_path": "m"},
+        "data": {"train": ["d.jsonl"]},
+        "optim": {"learning_rate": 1e-3, "name": "adafactor"},
+    }
     flat = {"model_name_or_path": "m", "data.train": "d.jsonl", "learning_rate": 1e-3, "optim": "adafactor"}
     flags = [*NEEDED, "--learning-rate=1e-3", "--optim.name", "adafactor"]
     assert resolve("sft", nested)[0] == resolve("sft", flat)[0] == resolve("sft", flags)[0]
 
 
 def test_flat_and_foreign_names_are_understood_in_a_file_too(toml):
-    path = toml('pretrained = "m"\ndataset = "d.jsonl"\nlearning_rate = 5e-6\nlora_rank = 8\n[train]\nmax_steps = 3\n')
+    path = toml(
+        'pretrained = "m"\ndataset = "d.jsonl"\nlearning_rate = 5e-6\nlora_rank = 8\n[train]\nmax_steps = 3\n'
+    )
     cfg, _ = resolve("sft", [], file=path)
     assert (cfg.model.name_or_path, cfg.data.train, cfg.optim.learning_rate) == ("m", ["d.jsonl"], 5e-6)
     assert (cfg.lora.rank, cfg.train.max_steps) == (8, 3)
@@ -64,16 +72,20 @@ def test_switches_need_no_value_and_do_not_swallow_the_file(toml):
 
 
 def test_empty_text_negative_numbers_and_none_are_values():
-    cfg, _ = resolve("grpo", [*NEEDED, "--system_prompt", "", "--train.seed", "-5", "--train.max_steps", "none"])
+    cfg, _ = resolve(
+        "grpo", [*NEEDED, "--system_prompt", "", "--train.seed", "-5", "--train.max_steps", "none"]
+    )
     assert (cfg.data.system_prompt, cfg.train.seed, cfg.train.max_steps) == ("", -5, None)
 
 
 def test_table_settings_take_one_entry_a_flag():
-    cfg, _ = resolve("sft", [*NEEDED, "--data.columns.prompt", "frage", "--data.columns.completion", "antwort"])
+    cfg, _ = resolve(
+        "sft", [*NEEDED, "--data.columns.prompt", "frage", "--data.columns.completion", "antwort"]
+    )
     assert cfg.data.columns == {"prompt": "frage", "completion": "antwort"}
-    assert resolve("sft", {"model_name_or_path": "m", "data": {"train": "d", "columns": {"prompt": "frage"}}})[0].data.columns == {
-        "prompt": "frage"
-    }
+    assert resolve(
+        "sft", {"model_name_or_path": "m", "data": {"train": "d", "columns": {"prompt": "frage"}}}
+    )[0].data.columns == {"prompt": "frage"}
 
 
 @pytest.mark.parametrize(
@@ -91,26 +103,45 @@ def test_an_unknown_flag_is_answered_with_the_nearest(word, suggestion):
 def test_an_unknown_name_in_a_file_names_file_and_line(toml):
     path = toml('[model]\nname_or_path = "m"\n\n[optim]\nlearnig_rate = 1\n')
     message = refused("sft", [str(path)])
-    assert message == f"unknown setting optim.learnig_rate ({path} line 5); did you mean 'optim.learning_rate'?"
+    assert (
+        message == f"unknown setting optim.learnig_rate ({path} line 5); did you mean 'optim.learning_rate'?"
+    )
     assert "unknown setting optimizer" in refused("sft", {"model_name_or_path": "m", "optimizer": {"lr": 1}})
     assert "--help lists all" in refused("sft", [*NEEDED, "--zzzz", "1"])
 
 
 def test_a_leaf_that_several_sections_have_is_ambiguous():
-    assert refused("sft", [*NEEDED, "--steps", "3"]).endswith("write one of eval.steps, save.steps, log.steps")
+    assert refused("sft", [*NEEDED, "--steps", "3"]).endswith(
+        "write one of eval.steps, save.steps, log.steps"
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--learning_rate", "fast"], "optim.learning_rate is 'fast' (--learning_rate): input should be a valid number"),
-        (["--train.max_steps", "1.5"], "train.max_steps is '1.5' (--train.max_steps): input should be a valid integer"),
-        (["--lora_rank", "-1"], "lora.rank is '-1' (--lora_rank): input should be greater than or equal to 0"),
-        (["--optim.name", "sgd"], "optim.name is 'sgd' (--optim.name): input should be 'adamw', 'adamw_8bit' or 'adafactor'"),
+        (
+            ["--learning_rate", "fast"],
+            "optim.learning_rate is 'fast' (--learning_rate): input should be a valid number",
+        ),
+        (
+            ["--train.max_steps", "1.5"],
+            "train.max_steps is '1.5' (--train.max_steps): input should be a valid integer",
+        ),
+        (
+            ["--lora_rank", "-1"],
+            "lora.rank is '-1' (--lora_rank): input should be greater than or equal to 0",
+        ),
+        (
+            ["--optim.name", "sgd"],
+            "optim.name is 'sgd' (--optim.name): input should be 'adamw', 'adamw_8bit' or 'adafactor'",
+        ),
         (["--optim", "sgd"], "--optim is 'sgd'; choose one of adamw, adamw_torch"),
         (["--learning_rate"], "--learning_rate needs a value"),
         (["--learning_rate", "1", "2"], "--learning_rate takes one value, and got 2: 1 2"),
-        (["--learning_rate", "nan"], "optim.learning_rate is 'nan' (--learning_rate): input should be a finite number"),
+        (
+            ["--learning_rate", "nan"],
+            "optim.learning_rate is 'nan' (--learning_rate): input should be a finite number",
+        ),
         (["--bf16=perhaps"], "--bf16 is 'perhaps'; it takes true or false"),
     ],
 )
@@ -125,7 +156,10 @@ def test_all_wrong_values_are_told_at_once():
 
 def test_wrong_types_in_a_file_name_the_line(toml):
     path = toml('[model]\nname_or_path = 3\n[data]\ntrain = "d"\n')
-    assert refused("sft", [str(path)]) == f"model.name_or_path is 3 ({path} line 2): input should be a valid string"
+    assert (
+        refused("sft", [str(path)])
+        == f"model.name_or_path is 3 ({path} line 2): input should be a valid string"
+    )
 
 
 def test_what_is_required_is_asked_for_with_the_words_to_give_it():
@@ -156,7 +190,10 @@ def test_words_that_belong_nowhere_are_refused(toml):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lr", "1", "--learning_rate", "2"], "optim.learning_rate is given twice: --lr 1 and --learning_rate 2; keep one"),
+        (
+            ["--lr", "1", "--learning_rate", "2"],
+            "optim.learning_rate is given twice: --lr 1 and --learning_rate 2; keep one",
+        ),
         (["--resume", "--overwrite"], "resume and overwrite are both on"),
         (["--quantization", "nf4"], "model.quantization is nf4 and lora.rank is 0"),
         (["--data.weights", "1", "2"], "data.weights has 2 entries and data.train 1"),
@@ -207,7 +244,9 @@ def test_lengths_that_grpo_does_not_use_are_refused():
 
 def test_pasted_marks_are_named_with_the_corrected_line():
     message = refused("sft", ["\u2014lr", "2e-5", "--data\\_set", "d", "--save_dir", "\u201cout\u201d"])
-    assert "'\u2014' (U+2014) for '--'" in message and "'\\_' for '_'" in message and "a curly quote" in message
+    assert (
+        "'\u2014' (U+2014) for '--'" in message and "'\\_' for '_'" in message and "a curly quote" in message
+    )
     assert message.endswith('corrected: --lr 2e-5 --data_set d --save_dir "out"')
 
 

@@ -2,7 +2,11 @@
 
 import copy
 import logging
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -365,6 +369,38 @@ def test_other_errors_of_a_pass_are_not_taken_for_out_of_memory(tiny):
     learner.policy.forward = lambda *args, **options: torch.zeros(2) @ torch.zeros(3)
     with pytest.raises(RuntimeError, match="size"):
         learner.forward_backward(collate(ROWS, rows_per_forward=4), cross_entropy, denominator=TAUGHT)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the address space can be limited on Linux only"
+)
+def test_the_real_cpu_allocator_running_dry_is_survived(tiny):
+    """A process of its own leaves itself 40 MiB more than it holds, for a pass that needs well over 100."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_learner import collate, cross_entropy, make_learner, make_rows, relative
+
+rows = make_rows([200] * 64)
+taught = float(sum(row.num_taught for row in rows))
+learner = make_learner({str(tiny())!r})
+learner.forward_backward(collate(rows, rows_per_forward=2), cross_entropy, denominator=taught)
+expected = learner.flat.grad.clone()
+learner.flat.zero_grad()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (40 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+learner._has_gradient = False
+learner.forward_backward(collate(rows, rows_per_forward=64), cross_entropy, denominator=taught)
+assert learner._passes.too_many_tokens <= 12800, "memory did not run out"
+assert relative(learner.flat.grad, expected) <= 1e-6
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("out of memory in a forward pass of 64 rows and 12800 tokens") == 1
 
 
 # --------------------------------------------------------------------------------------------- scoring

@@ -1,0 +1,249 @@
+"""generate, chat, evaluate, compare and trace on tiny models."""
+
+import io
+import json
+
+import pytest
+
+import kitae as package
+from kitae.cli._open import lookalikes, open_model
+from kitae.cli._stream import DIM, PLAIN, Stream
+from kitae.cli.chat import Conversation, Settings
+from kitae.errors import ConfigError
+
+
+def test_generate_streams_one_completion_and_writes_several_as_json(kitae, files, tiny):
+    model = tiny()
+    code, streamed, _ = kitae("generate", model, "2+2", "--max_new_tokens", 6, "--seed", 3)
+    assert code == 0
+    code, printed, _ = kitae(
+        "generate",
+        model,
+        "2+2",
+        "3+3",
+        "--n",
+        2,
+        "--max_new_tokens",
+        6,
+        "--seed",
+        3,
+        "--json",
+        "out/found.json",
+    )
+    found = json.loads((files / "out" / "found.json").read_text())
+    assert [len(r["completions"]) for r in found["results"]] == [2, 2]
+    assert found["results"][0]["completions"][0] + "\n" == streamed
+    assert printed == "".join(text + "\n" for r in found["results"] for text in r["completions"])
+
+
+def test_generate_from_python_equals_the_command(kitae, files, tiny):
+    model = str(tiny())
+    _, streamed, _ = kitae(
+        "generate", model, "2+2", "--max_new_tokens", 6, "--temperature", 0.1, "--do_sample", "True"
+    )
+    assert [streamed.rstrip("\n")] == package.generate(
+        model, "2+2", max_new_tokens=6, temperature=0.1, do_sample=True
+    )
+
+
+def test_prompts_come_from_a_file_too_and_none_is_an_error(kitae, files, tiny):
+    (files / "prompts.txt").write_text("2+2\n\n3+3\n")
+    code, out, _ = kitae(
+        "generate", tiny(), "--prompts_file", "prompts.txt", "--max_new_tokens", 1, "--temperature", 0
+    )
+    assert code == 0 and out.count("\n") >= 2
+    assert "there is no prompt" in kitae("generate", tiny())[2]
+    assert (
+        "cannot read prompts from absent.txt" in kitae("generate", tiny(), "--prompts_file", "absent.txt")[2]
+    )
+
+
+def test_do_sample_false_is_greedy(kitae, files, tiny):
+    model = str(tiny())
+    greedy = package.generate(model, "2+2", max_new_tokens=6, temperature=0.0)
+    assert package.generate(model, "2+2", max_new_tokens=6, do_sample=False, seed=5) == greedy
+
+
+def test_a_lookalike_of_a_control_token_is_named():
+    tokens = ["<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<think>"]
+    assert lookalikes("<|User|>Hi<|end of sentence|><think>", tokens) == [
+        ("<|User|>", tokens[0]), ("<|end of sentence|>", tokens[1]),
+    ]  # fmt: skip
+    assert lookalikes("<|User|>", ["<|User|>", *tokens]) == []
+    assert lookalikes("<\uff5cUser\uff5c>", tokens) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_thinking_is_dimmed_even_when_its_tags_come_in_pieces(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    pieces = ["a</", "think", ">b", "<think>c</think>d"]
+    out = Terminal()
+    stream = Stream(out, decode=lambda ids: "".join(pieces[i] for i in ids), prefill="<think>\n")
+    for i in range(4):
+        stream.on_tokens(0, 0, [i])
+    stream.finish()
+    assert out.getvalue() == f"{DIM}<think>\na</think>{PLAIN}b{DIM}<think>c</think>{PLAIN}d\n"
+
+
+def test_colours_stay_out_of_files_and_half_characters_wait():
+    out = io.StringIO()
+    texts = {1: "\ufffd", 2: "\u3042"}
+    stream = Stream(out, decode=lambda ids: texts.get(len(ids), ""), prefill="<think>")
+    stream.on_tokens(0, 0, [0])
+    assert out.getvalue() == "<think>"
+    stream.on_tokens(0, 0, [1])
+    stream.finish()
+    assert out.getvalue() == "<think>\u3042\n"
+
+
+def test_chat_remembers_resets_and_leaves(kitae, files, tiny, monkeypatch):
+    def chat(*lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        code, out, _ = kitae("chat", tiny(), "--max_new_tokens", 4, "--temperature", 2)
+        assert code == 0
+        return out
+
+    first = chat("2+2", "/exit", "never asked")
+    twice = chat("2+2", "2+2")
+    again = chat("2+2", "/reset", "2+2")
+    assert twice.startswith(first) and again == first + first
+    assert twice != again
+
+
+def test_chat_keeps_history_by_the_template_and_caps_at_the_context(files, tiny):
+    use = Settings(model=str(tiny(max_position_embeddings=64)), temperature=0.0, max_new_tokens=2048)
+    opened = open_model(use)
+    conversation = Conversation(opened, use)
+    text = conversation.send("1")
+    assert conversation.messages == [{"role": "user", "content": "1"}, {"role": "assistant", "content": text}]
+    turns = conversation.messages = conversation.messages * 9
+    with pytest.raises(ConfigError, match="/reset forgets it"):
+        conversation.send("1")
+    assert conversation.messages is turns
+
+
+def test_evaluate_reports_intervals_groups_and_results(kitae, files, tiny):
+    code, out, err = kitae(
+        "evaluate", tiny(), "--dataset_name", "rl.jsonl", "--num_samples", 6, "--max_new_tokens", 4, "--by", "level",
+        "--results", "found.jsonl", "--json", "summary.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "accuracy 0 (95 % 0.000 to 0.390)" in out and "level L2" in out and "results: found.jsonl" in out
+    assert "6 of 6, accuracy 0.000" in err
+    summary = json.loads((files / "summary.json").read_text())
+    assert (summary["problems"], summary["accuracy"], sorted(summary["groups"])) == (
+        6,
+        0.0,
+        ["L0", "L1", "L2"],
+    )
+    assert len((files / "found.jsonl").read_text().splitlines()) == 6
+    code, _, err = kitae("evaluate", tiny(), "--dataset_name", "rl.jsonl", "--results", "found.jsonl")
+    assert code == 2 and "found.jsonl exists already" in err
+
+
+def test_evaluate_several_samples_needs_a_temperature(kitae, files, tiny):
+    assert "set --temperature" in kitae("evaluate", tiny(), "--dataset_name", "rl.jsonl", "--n", 4)[2]
+    _, out, _ = kitae(
+        "evaluate", tiny(), "--dataset_name", "rl.jsonl", "--num_samples", 2, "--n", 2, "--temperature", 1,
+        "--max_new_tokens", 3, "--raw",
+    )  # fmt: skip
+    assert "pass@1 0, pass@2 0; 2 problems" in out
+
+
+def test_perplexity_is_the_exponential_of_the_loss_per_taught_token(files, tiny):
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = tiny()
+    found = package.evaluate(str(model), "sft.jsonl", perplexity=True, num_samples=3)
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    total = count = 0
+    for line in (files / "sft.jsonl").read_text().splitlines()[:3]:
+        row = json.loads(line)
+        prompt = tokenizer.encode(f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+        ids = prompt + tokenizer.encode(f"{row['completion']}<|im_end|>")
+        with torch.no_grad():
+            logprobs = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(float(logprobs[t - 1, ids[t]]) for t in range(len(prompt), len(ids)))
+        count += len(ids) - len(prompt)
+    assert found["tokens"] == count
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_two_results_files_are_compared_problem_by_problem(kitae, files, tiny):
+    flags = ["--dataset_name", "rl.jsonl", "--num_samples", 5, "--max_new_tokens", 3]
+    for name in ("a", "b"):
+        kitae("evaluate", tiny(), *flags, "--results", f"{name}.jsonl")
+    lines = [json.loads(line) for line in (files / "b.jsonl").read_text().splitlines()]
+    lines[0]["correct"] = True
+    (files / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = kitae("compare", "a.jsonl", "b.jsonl", "--json", "c.json")
+    assert code == 0
+    assert "difference +0.200" in out and "p = 1 (exact McNemar), 5 problems" in out
+    assert json.loads((files / "c.json").read_text())["comparison"]["second_better"] == 1
+    code, out, _ = kitae("compare", tiny(), tiny("llama"), *flags)
+    assert code == 0 and "difference +0.000" in out
+
+
+def test_trace_prints_every_station_with_the_numbers_of_the_run(kitae, files, tiny):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = tiny()
+    (files / "run.toml").write_text(f'[model]\nname_or_path = "{model}"\n[data]\ntrain = "sft.jsonl"\n')
+    code, out, _ = kitae("trace", "run.toml", "--row", 3, "--json", "trace.json", "--save.steps", 50)
+    assert code == 0
+    for station in (
+        "the row as it is: sft.jsonl:4",
+        "normalised",
+        "taught",
+        "packed",
+        "token by token",
+        "loss",
+        "gradient",
+    ):
+        assert station in out
+    assert "[[<think>x</think><answer>6</answer><|im_end|>]]" in out
+    assert "runs/sft/checkpoints/step_000050 (every 50 steps)" in out
+    found = json.loads((files / "trace.json").read_text())
+
+    [row] = found["rows"]
+    ids = torch.tensor([[token["id"] for token in row["tokens"]]])
+    labels = torch.tensor([[token["id"] if token["taught"] else -100 for token in row["tokens"]]])
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    loss = plain(ids, labels=labels).loss
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in plain.parameters() if p.grad is not None]).norm()
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert found["loss_sum"] == pytest.approx(sum(t.get("loss", 0.0) for t in row["tokens"]), rel=1e-5)
+    assert not (files / "runs").exists()
+
+
+def test_trace_of_grpo_samples_and_judges_a_group(kitae, files, tiny):
+    (files / "run.toml").write_text(
+        f'[model]\nname_or_path = "{tiny()}"\n[data]\ntrain = "rl.jsonl"\nsystem_prompt = ""\n'
+        "[rollout]\nnum_generations = 3\nmax_new_tokens = 4\n[lora]\nrank = 4\n[grpo]\nkl_coef = 0.1\n"
+    )
+    code, out, _ = kitae("trace", "run.toml", "--json", "trace.json")
+    assert code == 0
+    assert "a group of 3 completions at temperature 1.0, judged" in out and "ref_logprobs" in out
+    found = json.loads((files / "trace.json").read_text())
+    assert found["rewards"] == [0.0, 0.0, 0.0] and found["advantages"] == [0.0, 0.0, 0.0]
+    taught = [token for row in found["rows"] for token in row["tokens"] if token["taught"]]
+    assert all(t["logprob"] == pytest.approx(t["old_logprobs"], abs=1e-5) for t in taught)
+
+
+def test_trace_says_what_is_wrong_with_a_row(kitae, files, tiny):
+    flags = ["--model_name_or_path", tiny(), "--dataset_name", "sft.jsonl"]
+    assert "--row is 99, but sft.jsonl has 12 rows" in kitae("trace", *flags, "--row", 99)[2]
+    assert "--row is 'x'" in kitae("trace", *flags, "--row", "x")[2]
+    (files / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, err = kitae("trace", *flags[:2], "--dataset_name", "bad.jsonl")
+    assert code == 2 and "bad.jsonl:1: nothing to teach" in err

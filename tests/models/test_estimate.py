@@ -1,0 +1,43 @@
+"""The memory estimate against bytes really held, and its advice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kitae.config import LoraSettings
+from kitae.errors import PlanError
+from kitae.models.estimate import Plan, build_on_meta, estimate, require_fit
+from kitae.models.toy import make_config
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_estimate_counts_what_a_loaded_policy_holds(family, rank, policy_of):
+    policy = policy_of(family, lora=LoraSettings(rank=rank) if rank else None)
+    meta = build_on_meta(make_config(family, vocab_size=policy.config.vocab_size))
+    found = estimate(meta, Plan(dtype=torch.float32, lora_rank=rank))
+    trained = sum(p.numel() for _, p in policy.named_trainable())
+    assert found.weight_bytes == sum(p.numel() * p.element_size() for p in policy.parameters())
+    assert found.trainable == trained
+    assert found.training_bytes == 12 * trained
+
+
+def advice(free: int, **plan) -> str:
+    meta = build_on_meta(make_config("qwen3", vocab_size=112, hidden_size=512, intermediate_size=1024))
+    with pytest.raises(PlanError) as error:
+        require_fit(meta, Plan(**plan), name="toy", free=free, total=free)
+    return str(error.value).rpartition("; ")[2]
+
+
+def test_the_cheapest_change_that_fits_is_named():
+    full = {"dtype": torch.float32}
+    assert advice(60_000_000, **full).startswith("lora.rank = 16 needs 2")
+    assert advice(15_000_000, **full).startswith("lora.rank = 16 and model.dtype = bfloat16 needs 1")
+    assert advice(8_000_000, **full).startswith(
+        "lora.rank = 16 and model.dtype = bfloat16 and model.quantization = nf4 needs"
+    )
+    assert advice(8_000_000, dtype=torch.bfloat16, trainable=False).startswith(
+        "model.quantization = nf4 needs"
+    )
+    assert advice(1_000, **full) == "take a smaller model or a machine with more memory"
