@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import kitae.evaluate
-import kitae.train
+from kitae import evaluate, train
 
+__all__ = ["__version__", "evaluate", "generate", "train"]
 __version__ = "0.1.0"
 
 
@@ -57,5 +56,5 @@ def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[
 
 
 # A function of these names would be shadowed by the packages once they are imported, so the packages are callable.
-sys.modules["kitae.train"].__class__ = _Train
-sys.modules["kitae.evaluate"].__class__ = _Evaluate
+train.__class__ = _Train
+evaluate.__class__ = _Evaluate

@@ -69,7 +69,11 @@ def code_lines(path: Path) -> int:
     tree = ast.parse(path.read_text())
     documented: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             documented |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines = path.read_text().splitlines()
     return sum(
@@ -93,8 +97,9 @@ def test_no_pickle_and_no_eval_anywhere():
                 call = ast.unparse(node.func) + "("
                 keywords = {f"{k.arg}={ast.unparse(k.value)}" for k in node.keywords}
                 is_bad = any(call == b or call.endswith("." + b) for b in banned if b.endswith("("))
-                if (is_bad and call not in ("self.eval(", "policy.eval(") and not call.endswith("model.eval("))\
-                        or "shell=True" in keywords:
+                if (
+                    is_bad and call not in ("self.eval(", "policy.eval(") and not call.endswith("model.eval(")
+                ) or "shell=True" in keywords:
                     if call.endswith(".eval(") or "exec_module" in call:
                         continue
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno} {call}")

@@ -252,6 +252,8 @@ class Template:
             return content
         if prefill and thinks:
             after_tag = content.lstrip().removeprefix("<think>")
+            if "<think>" in after_tag.partition("</think>")[0]:
+                raise RowError(f"{self._origin} starts each turn with <think>; this one has text before it")
             return after_tag.removeprefix(prefill.removeprefix("<think>"))
         if prefill:
             closing = self._head.removeprefix(prefill) if self._head.startswith(prefill) else ""

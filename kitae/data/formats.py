@@ -73,9 +73,10 @@ def to_example(
     messages, answer, worked = _read(record)
     messages = _checked(messages)
     answer = _answer_text(answer) or _answer_of_target(messages)
-    messages = _with_target(messages, answer=answer, worked=worked, target=data.target)
-    if purpose == "sft" and not any(is_taught(turn) for turn in messages):
-        raise RowError("nothing to teach: the row has no assistant turn or solution")
+    if purpose == "sft":
+        messages = _with_target(messages, answer=answer, worked=worked, target=data.target)
+        if not any(is_taught(turn) for turn in messages):
+            raise RowError("nothing to teach: the row has no assistant turn or solution")
     if need_answer and answer is None:
         raise RowError("no answer: neither an answer column nor \\boxed{}, <answer> or #### in the solution")
     used = {"messages", "conversations", "conversation", *RESERVED}
@@ -291,6 +292,10 @@ def _with_target(
     if answer is None:
         raise RowError("data.target is think_answer, but the row has no answer")
     solution = last["content"]
+    if solution.strip() == answer:
+        raise RowError(
+            "data.target is think_answer, but the row has an answer only, no solution to think with"
+        )
     if "####" in solution and solution.rpartition("####")[2].strip() == answer:
         solution = solution.rpartition("####")[0].rstrip()
     text = f"<think>{solution}</think><answer>{answer}</answer>"

@@ -38,7 +38,8 @@ class Record(TypedDict):
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """One line per record; the file appears under its name when it is complete."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    # A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape.
+    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     part.replace(path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ def attend(
         v_TKD = F.pad(v_TKD, (0, q_TQD.shape[-1] - value_size))
     to_slots, to_tokens = plan.token_of_slot_S, plan.slot_of_token_T
     q_S, k_S, v_S = (
-        move(x, to_slots, back=to_tokens, unused=plan.padding_tokens).split(plan.sizes)
+        torch.split(move(x, to_slots, back=to_tokens, unused=plan.padding_tokens), plan.sizes)
         for x in (q_TQD, k_TKD, v_TKD)
     )
     out_S = [
@@ -180,7 +180,7 @@ def cut(segments: Sequence[Segment], *, prefix_length: int = 0) -> list[list[Seg
     cuts = [len(segments)]
     while cuts[-1] > 0:
         cuts.append(best[cuts[-1]][1])
-    return [list(segments[i:j]) for j, i in zip(cuts, cuts[1:], strict=False)][::-1]
+    return [list(segments[i:j]) for j, i in pairwise(cuts)][::-1]
 
 
 def _round_up(length: int) -> int:

@@ -63,10 +63,15 @@ def experts_forward(
 def _linear(
     module: Any, name: str, x: Tensor, counts: list[int], adapters: Mapping[str, list[ExpertAdapter]]
 ) -> Tensor:
-    y: Tensor = _GroupedLinear.apply(x, getattr(module, name), counts)
+    y = _grouped_linear(x, getattr(module, name), counts)
     for adapter in adapters.get(name, ()):
-        low = _GroupedLinear.apply(x, adapter.a_ERI, counts)
-        y = y + _GroupedLinear.apply(low, adapter.b_EOR, counts) * adapter.scale
+        low = _grouped_linear(x, adapter.a_ERI, counts)
+        y = y + _grouped_linear(low, adapter.b_EOR, counts) * adapter.scale
+    return y
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    y: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -95,8 +95,8 @@ def find_folder(name_or_path: str, *, revision: str | None = None, with_code: bo
         raise ModelError(f"{here}, and the hub knows no such model; check the spelling") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"{here}, and it cannot be downloaded ({type(error).__name__}); check the path, or download it where "
-            "there is a network and name its folder"
+            f"{here}, and it cannot be downloaded ({str(error).splitlines()[0]}); check the path, or download it "
+            "where there is a network and name its folder"
         ) from error
 
 

@@ -92,7 +92,8 @@ def chunked_logprobs(
         budget_bytes = BUDGET_BYTES.get(hidden_NH.device.type, DEFAULT_BUDGET_BYTES)
     rows = rows_per_chunk(len(hidden_NH), len(weight_VH), budget_bytes)
     task = _Task(targets_N, temperature, kept, with_entropy, rows)
-    logprobs_N, entropy_N = _Chunked.apply(hidden_NH, weight_VH, bias_V, task, coefficients_N)
+    outputs = _Chunked.apply(hidden_NH, weight_VH, bias_V, task, coefficients_N)  # type: ignore[no-untyped-call]
+    logprobs_N, entropy_N = outputs
     return logprobs_N, entropy_N if with_entropy else None
 
 

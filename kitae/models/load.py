@@ -72,6 +72,10 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
     stored = _stored_quantization(config)
     if model.quantization == "nf4" and trainable and not rank:
         raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
+    if stored == "fp8" and model.trust_remote_code:
+        raise ConfigError(
+            "FP8 weights load into transformers' own classes only; set model.trust_remote_code to false"
+        )
     if stored == "bitsandbytes" and trainable and not rank:
         raise ConfigError(
             f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kitae.config import LoraSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import experts
+from kitae.models import experts, seams
 from kitae.plugins import did_you_mean
 
 if TYPE_CHECKING:
@@ -106,6 +106,13 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
         raise ConfigError(
             f"lora.dropout is {settings.dropout}, which adapters on the MLPs of a model with fused experts cannot "
             "have; set it to 0, or name only attention layers in lora.target_modules"
+        )
+    packed = [n for n, p in causal_lm.named_parameters() if not p.is_floating_point()]
+    packed = [n for n in packed if any(n.endswith(f".{target}") for target in parameters)]
+    if packed:
+        raise ModelError(
+            f"lora.target_modules: {packed[0]} is stored in 4 bits, where a model with fused experts cannot adapt it; "
+            "name only attention layers"
         )
     config = LoraConfig(
         r=settings.rank,
@@ -264,14 +271,13 @@ def _finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in causal_lm.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)
-    for module in causal_lm.modules():
-        if not isinstance(module, ParamWrapper):
-            continue
-        base = module.get_base_layer()
+    wrappers: list[Any] = [module for module in causal_lm.modules() if isinstance(module, ParamWrapper)]
+    for wrapper in wrappers:
+        base = wrapper.get_base_layer()
         if isinstance(base, nn.Linear):
-            module.forward = types.MethodType(_linear_forward, module)
-        elif experts.is_plain(base) and base.config._experts_implementation == "kitae":
-            module.forward = types.MethodType(_experts_forward, module)
+            wrapper.forward = types.MethodType(_linear_forward, wrapper)
+        elif base.config._experts_implementation == seams.NAME:
+            wrapper.forward = types.MethodType(_experts_forward, wrapper)
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:

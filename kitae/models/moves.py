@@ -14,7 +14,7 @@ def move(x: Tensor, index: Tensor, *, back: Tensor, unused: Tensor | None = None
     That is faster and more exact than scattering, and right because each real row has one place. `unused` are the
     rows of x nothing real was taken from; their gradient is zero.
     """
-    moved: Tensor = _Move.apply(x, index, back, unused)
+    moved: Tensor = _Move.apply(x, index, back, unused)  # type: ignore[no-untyped-call]
     return moved
 
 

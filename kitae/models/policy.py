@@ -98,7 +98,7 @@ class Policy(nn.Module):
         if not self.seams.attention:
             if cache is not None:
                 raise ModelError(
-                    f"sampling with a cache needs the attention seam, which is off for {self.config.model_type}"
+                    f"sampling with a cache needs the attention seam, which is off for this {self.family.name} model"
                 )
             return self._hidden_row_by_row(input_ids_T, packing)
         out = self._backbone(input_ids_T, positions_T, packing=packing, kv_cache=cache)

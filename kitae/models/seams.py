@@ -90,7 +90,7 @@ def scaled_logits(logits_NV: Tensor, config: Any) -> Tensor:
     return logits_NV
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -168,7 +168,7 @@ def _install_experts(causal_lm: Any, settings: SeamSettings, plain_TH: Tensor | 
 def _plain_hidden(causal_lm: Any) -> Tensor:
     """Hidden states of the compared rows, each by itself through the module as transformers made it."""
     ids = _compared_ids(causal_lm)
-    prompt, *others = ids.split(ROWS)
+    prompt, *others = torch.split(ids, list(ROWS))
     with torch.no_grad():
         whole = [_decode(causal_lm, prompt), *(_decode(causal_lm, torch.cat((prompt, o))) for o in others)]
     return torch.cat([whole[0], *(h[len(prompt) :] for h in whole[1:])])

@@ -78,6 +78,10 @@ class Setup:
             pool.close()
 
     @property
+    def _skips_bad_rows(self) -> bool:
+        return bool(self.cfg.data.on_bad_row == "skip")
+
+    @property
     def _model(self) -> ModelSettings:
         """The model's settings, on this rank's own device."""
         model: ModelSettings = self.cfg.model
@@ -89,8 +93,9 @@ class Setup:
         """Training and evaluation rows (None where none were asked for), rendered once and kept on disk."""
 
         def render(dataset: Sequence[Any]) -> Sequence[list[Row]]:
-            skip = self.cfg.data.on_bad_row == "skip"
-            return RenderedRows(dataset, template=self.template, max_length=max_length, skip_bad=skip)
+            return RenderedRows(
+                dataset, template=self.template, max_length=max_length, skip_bad=self._skips_bad_rows
+            )
 
         sources, held_out = self._sources(purpose="sft")
         return self._mixed([render(s) for s in sources]), held_out and render(held_out)
@@ -99,7 +104,12 @@ class Setup:
         """The same as questions to sample from; too long ones are dropped and counted."""
 
         def render(dataset: Sequence[Any]) -> Sequence[Problem]:
-            return RenderedProblems(dataset, template=self.template, max_prompt_length=max_prompt_length)
+            return RenderedProblems(
+                dataset,
+                template=self.template,
+                max_prompt_length=max_prompt_length,
+                skip_bad=self._skips_bad_rows,
+            )
 
         sources, held_out = self._sources(purpose="rl")
         return self._mixed([render(s) for s in sources]), held_out and render(held_out)

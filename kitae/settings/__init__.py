@@ -117,7 +117,8 @@ def _gather(
     world_size: int | None,
 ) -> tuple[Reader, list[str]]:
     """A reader with everything placed, and the words that belong to no flag."""
-    ranks = world_size if world_size is not None else int(os.environ.get("WORLD_SIZE", "1"))
+    told = os.environ.get("WORLD_SIZE", "1")
+    ranks = world_size if world_size is not None else int(told) if told.isdigit() else 1
     reader = Reader(command, root, world_size=ranks)
     alone: list[str] = []
     if isinstance(given, Mapping):

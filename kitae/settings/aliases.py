@@ -20,7 +20,10 @@ Convert = Callable[[Any], Any]
 HF, NOTEBOOK, KITAE = "Hugging Face", "notebook", "kitae"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
 SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
-USE = ("evaluate", "generate", "chat", "compare")
+USE = ("evaluate", "generate", "chat")
+
+
+PLUGIN = "warns: ranks shard by FSDP2 by themselves, nothing to choose; zero2_cpu: offload is not there yet"
 
 
 class Unset:
@@ -330,7 +333,7 @@ def _lora_finetune() -> list[Alias]:
         a.together(
             "-p --plugin",
             "",
-            "zero2, moe, ddp …: ranks shard by FSDP2, nothing to choose; offload is not there",
+            PLUGIN,
         ),
         a.maps("--save_dir", "output_dir"),
         a.maps("--tensorboard_dir", "log.tensorboard_dir"),
@@ -350,25 +353,24 @@ def _lora_finetune() -> list[Alias]:
 
 def _train_grpo() -> list[Alias]:
     a = _Writer(TRAIN_GRPO, GRPO)
-    counts = "prompts_per_round, updates_per_round, epochs_per_round (rollout), train.max_steps"
     return [
         a.maps("--pretrain", "model.name_or_path"),
         a.maps("--tokenizer_dir", "model.tokenizer"),
         a.maps("--prompt_dataset", "data.train", paths_of),
         a.maps("--conversation_template_config", "data.template"),
-        a.together("--plugin", "", "as for sft"),
+        a.together("--plugin", "", PLUGIN),
         a.together(
-            "-e --num_episodes", counts,
+            "-e --num_episodes", "train.max_steps",
             "train_grpo.py: rounds. rl_example.py: passes over the data (train.num_train_epochs)",
         ),
-        a.together("--num_collect_steps", counts, "sampling steps of a round (2)"),
-        a.together("--num_update_steps", counts, "passes over a round: rollout.epochs_per_round (5)"),
-        a.together("--experience_batch_size", counts, "prompts of one sampling step and rank (16)"),
+        a.together("--num_collect_steps", "rollout.prompts_per_round", "sampling steps of a round (2)"),
+        a.together("--num_update_steps", "rollout.epochs_per_round", "passes over a round (5)"),
+        a.together("--experience_batch_size", "rollout.prompts_per_round", "prompts of one sampling step and rank (16)"),
         a.together(
-            "-tbs --train_batch_size", counts,
+            "-tbs --train_batch_size", "rollout.updates_per_round",
             "train_grpo.py: completions per forward (16). rl_example.py: prompts per update and rank",
         ),
-        a.together("--accumulation_steps", counts, "forwards per optimizer step (8)"),
+        a.together("--accumulation_steps", "rollout.updates_per_round", "forwards per optimizer step (8)"),
         a.maps("--lr -lr", "optim.learning_rate"),
         a.maps("--grad_clip", "optim.max_grad_norm"),
         a.maps("--max_length", "rollout.max_new_tokens", note="longest completion; train_grpo.py counts the prompt in"),
@@ -452,7 +454,7 @@ def _notebook() -> list[Alias]:
     a = _Writer(NOTEBOOK, BOTH)
     return [
         a.maps("--model_name", "model.name_or_path"),
-        a.together("--data_files", "data.train, data.eval", 'a path, or {"train": …, "test": …}'),
+        a.together("--data_files", "data.train, data.eval", 'a path, or {"train": ..., "test": ...}'),
         a.maps("--train_dataset", "data.train", paths_of),
         a.maps("--eval_dataset", "data.eval", paths_of),
         a.maps("--r", "lora.rank"),
@@ -473,7 +475,7 @@ def _notebook() -> list[Alias]:
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
-        _Writer(KITAE, (*USE, "trace")).maps("--json", "json_file"),
+        _Writer(KITAE, ("evaluate", "generate", "compare")).maps("--json", "json_file"),
         a.maps("--model_name_or_path", "model"),
         a.maps("--model_revision", "revision"),
         a.maps("--tokenizer_name --tokenizer_name_or_path --tokenizer_dir", "tokenizer"),

@@ -41,6 +41,8 @@ OURS = (
 )  # fmt: skip
 SUPERVISORS = ("alive", "stdout.log", "stderr.log")
 """What a supervisor that starts the run may have put there before."""
+FIRST = ("lock", "train.log", ".tmp-run.json")
+"""What a run that was killed while it was created may have left; run.json comes next and makes it a run."""
 
 
 class Lock:
@@ -138,8 +140,7 @@ def _foreign(folder: Path) -> str | None:
         return None
     if not names or is_run(folder):
         return None
-    # A run killed while it was being created has at most its lock and a half-written file.
-    return next((n for n in names if n not in (*OURS, *SUPERVISORS) and not n.startswith(".tmp-")), None)
+    return next((name for name in names if name not in (*SUPERVISORS, *FIRST)), None)
 
 
 def has_steps(folder: Path) -> bool:

@@ -331,10 +331,12 @@ class Run:
         self._current |= {name: float(value) for name, value in metrics.items()}
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append records such as completions with their rewards to samples.jsonl; called on all ranks together."""
-        gathered = self.world.gather_json([dict(record) for record in records])
+        """Append records such as completions with their rewards to samples.jsonl.
+
+        Rank 0 writes what it is given; gather the records of other ranks before.
+        """
         if self._record is not None:
-            self._record.samples({"step": step, **record} for part in gathered for record in part)
+            self._record.samples({"step": step, **record} for record in records)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append a line to events.jsonl: what happened, at which step, and when. Fields are JSON values."""

@@ -9,7 +9,9 @@ NAN = float("nan")
 
 
 def test_the_docstring_example():
-    assert group_relative(torch.tensor([[0.0, 1.0, 10.0]]))[0].tolist() == pytest.approx([-0.666, -0.484, 1.150], abs=1e-3)
+    assert group_relative(torch.tensor([[0.0, 1.0, 10.0]]))[0].tolist() == pytest.approx(
+        [-0.666, -0.484, 1.150], abs=1e-3
+    )
 
 
 def test_advantages_equal_a_plain_python_version():
@@ -29,7 +31,9 @@ def test_an_unscored_completion_gets_zero_and_leaves_its_group_alone():
     assert with_hole[1] == 0
 
 
-@pytest.mark.parametrize("group", [[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [NAN, NAN, NAN], [10.0, NAN, NAN], [10.0, NAN, 10.0]])
+@pytest.mark.parametrize(
+    "group", [[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [NAN, NAN, NAN], [10.0, NAN, NAN], [10.0, NAN, 10.0]]
+)
 def test_a_dead_group_gets_exact_zeros(group):
     assert is_dead(torch.tensor([group])).item()
     assert group_relative(torch.tensor([group]))[0].tolist() == [0.0] * 3
@@ -37,7 +41,9 @@ def test_a_dead_group_gets_exact_zeros(group):
 
 
 def test_without_the_deviation_advantages_are_differences_to_the_mean():
-    assert group_relative(torch.tensor([[0.0, 1.0, 11.0]]), scale_by_std=False).tolist() == [[-4.0, -3.0, 7.0]]
+    assert group_relative(torch.tensor([[0.0, 1.0, 11.0]]), scale_by_std=False).tolist() == [
+        [-4.0, -3.0, 7.0]
+    ]
 
 
 def test_no_prompts_give_no_advantages():

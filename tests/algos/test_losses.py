@@ -95,7 +95,11 @@ def row(taught, prompt=2):
 
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [("token", (2 * 1 + 8 * 3.0) / 10), ("sequence", (1 + 3.0) / 2), ("constant", (2 * 1 + 8 * 3.0) / (2 * 16))],
+    [
+        ("token", (2 * 1 + 8 * 3.0) / 10),
+        ("sequence", (1 + 3.0) / 2),
+        ("constant", (2 * 1 + 8 * 3.0) / (2 * 16)),
+    ],
 )
 def test_each_averaging_is_what_its_paper_says(how, expected):
     """Two completions of 2 and 8 tokens, whose tokens cost 1 and 3 each."""

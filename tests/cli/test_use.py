@@ -73,6 +73,15 @@ def test_a_lookalike_of_a_control_token_is_named():
     assert lookalikes("<\uff5cUser\uff5c>", tokens) == []
 
 
+def test_the_real_tokenizers_bars_are_full_width(shared_data):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shared_data / "tokenizers" / "DeepSeek-R1-Distill-Qwen"
+    tokens = list(PreTrainedTokenizerFast.from_pretrained(folder).get_added_vocab())
+    found = lookalikes("<|User|>What is 1+1?<|Assistant|>", tokens)
+    assert sorted(found) == [("<|Assistant|>", "<\uff5cAssistant\uff5c>"), ("<|User|>", "<\uff5cUser\uff5c>")]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 
 import pytest
 
 REAL = ["DeepSeek-R1-Distill-Qwen", "DeepSeek-V3-R1", "minimind"]
 
 
-def load_real(shared_data: Path, name: str):
+@pytest.fixture(scope="session")
+def load_real(shared_data):
+    """A function name -> that real tokenizer, loaded once a session."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = shared_data / ("models" if name == "stories260K" else "tokenizers") / name
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    @cache
+    def load(name: str):
+        folder = shared_data / ("models" if name == "stories260K" else "tokenizers") / name
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def r1(shared_data):
-    return load_real(shared_data, "DeepSeek-R1-Distill-Qwen")
+def r1(load_real):
+    return load_real("DeepSeek-R1-Distill-Qwen")
 
 
 @pytest.fixture(scope="session", params=[*REAL, "stories260K"])
-def real_tokenizer(request, shared_data):
-    return load_real(shared_data, request.param)
+def real_tokenizer(request, load_real):
+    return load_real(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,7 @@ from kitae.data.formats import Example
 from kitae.data.instructions import INSTRUCTIONS, form_instruction, language_of
 from kitae.errors import ConfigError, DataError, ModelError
 from kitae.models.toy import make_tokenizer
-from tests.data.conftest import load_real
 
-CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"
 PREFILLED = {"prefill": "<think>\n", "strip_thinking": True}
 
 
@@ -78,8 +76,8 @@ def test_the_real_r1_template_teaches_each_turn_as_it_would_be_sampled(r1, rows_
     ]
 
 
-def test_the_v3_template_prefills_nothing(shared_data, rows_of):
-    template = Template.load(load_real(shared_data, "DeepSeek-V3-R1"), data=DataSettings())
+def test_the_v3_template_prefills_nothing(rows_of, load_real):
+    template = Template.load(load_real("DeepSeek-V3-R1"), data=DataSettings())
     assert template.prefill == ""
     assert rows_of(template, conversation("a", "<think>x</think>b")) == [
         "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜>[[<think>x</think>b<｜end▁of▁sentence｜>]]"
@@ -153,11 +151,16 @@ def test_a_turn_that_is_context_only_is_not_taught(rows_of):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("<think>never closed", "opens <think> and never closes it")],
+    [
+        ("<think>never closed", "opens <think> and never closes it"),
+        ("First <think>x</think>b", "starts each turn with <think>; this one has text before it"),
+    ],
 )
 def test_a_turn_that_cannot_be_taught_is_refused_with_its_line(content, reason):
     with pytest.raises(DataError, match=f"rows.jsonl:3: .*{reason}"):
-        toy().rows(Example(messages=conversation("a", content), source="rows.jsonl:3"), max_length=100)
+        toy(**PREFILLED).rows(
+            Example(messages=conversation("a", content), source="rows.jsonl:3"), max_length=100
+        )
 
 
 def test_reasoning_is_refused_where_the_template_closes_the_block_itself():
@@ -259,8 +262,8 @@ def test_prompts_equal_those_of_transformers(r1, shared_data):
             assert template.prompt(messages)[0] == expected, (path, messages)
 
 
-def test_template_switches_can_be_passed(shared_data):
-    template = Template.load(load_real(shared_data, "minimind"), data=DataSettings())
+def test_template_switches_can_be_passed(load_real):
+    template = Template.load(load_real("minimind"), data=DataSettings())
     assert template.prompt(conversation("a"))[1] == "<think>\n"
     assert template.prompt(conversation("a"), open_thinking=False)[1] == "<think>\n\n</think>\n\n"
 
@@ -289,8 +292,8 @@ def test_a_template_that_writes_begin_of_sequence_twice_is_refused():
         Template.load(tokenizer, data=DataSettings())
 
 
-def test_sentencepiece_turns_join_as_the_whole_text_would(shared_data, shown):
-    template = Template.load(load_real(shared_data, "stories260K"), data=DataSettings(template="alpaca"))
+def test_sentencepiece_turns_join_as_the_whole_text_would(shown, load_real):
+    template = Template.load(load_real("stories260K"), data=DataSettings(template="alpaca"))
     (row,) = template.rows(Example(messages=conversation("Hi", "Once upon a time")), max_length=500)
     text = template._render(conversation("Hi", "Once upon a time"), add_generation_prompt=False)
     assert row.token_ids == template.tokenizer(text.rstrip("\n"), add_special_tokens=False).input_ids

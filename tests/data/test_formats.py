@@ -238,6 +238,10 @@ def test_the_target_setting_decides_what_is_taught():
     assert example(no_answer).messages[-1]["content"] == "hard to say"
     with pytest.raises(RowError, match=r"data\.target is think_answer, but the row has no answer"):
         example(no_answer, target="think_answer")
+    answer_only = {"problem": "q", "answer": 4}
+    with pytest.raises(RowError, match="no solution to think with"):
+        example(answer_only, target="think_answer")
+    assert example(answer_only, target="think_answer", purpose="rl").answer == "4"
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,9 @@ def test_decode_shows_tags_and_drops_other_control_tokens(real):
     assert encoder.decode([*ids[:1], 10**6]) == encoder.decode(ids[:1])
 
 
-def test_sentencepiece_completions_get_no_space_put_before_them(shared_data):
-    from tests.data.conftest import load_real
+def test_sentencepiece_completions_get_no_space_put_before_them(load_real):
 
-    encoder = TextEncoder(load_real(shared_data, "stories260K"))
+    encoder = TextEncoder(load_real("stories260K"))
     whole = encoder.encode_template("Once upon a time")
     parts = encoder.encode_template("Once upon") + encoder.encode_text(" a time")
     assert parts == whole

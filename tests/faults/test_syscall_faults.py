@@ -26,7 +26,7 @@ OPTIONS = {"total": 4, "save": {"steps": 2, "keep": 1}, "log": {"report_to": ["n
 POINTS = int(os.environ.get("KITAE_SYSCALL_POINTS", "16"))
 
 
-MAY_FAIL = re.compile(r"lives/life_|pipe:|resources\.jsonl|train\.log|/home|checkpoints\", 0777")
+MAY_FAIL = re.compile(r"lives\d*/life_|pipe:|resources\.jsonl|train\.log|/home|checkpoints\", 0777")
 """What a run goes on without: its terminal, resources.jsonl, train.log, its pointer, making a folder that is there."""
 
 

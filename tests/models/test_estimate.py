@@ -32,12 +32,10 @@ def advice(free: int, **plan) -> str:
 
 def test_the_cheapest_change_that_fits_is_named():
     full = {"dtype": torch.float32}
-    assert advice(60_000_000, **full).startswith("lora.rank = 16 needs 2")
-    assert advice(15_000_000, **full).startswith("lora.rank = 16 and model.dtype = bfloat16 needs 1")
-    assert advice(8_000_000, **full).startswith(
-        "lora.rank = 16 and model.dtype = bfloat16 and model.quantization = nf4 needs"
-    )
-    assert advice(8_000_000, dtype=torch.bfloat16, trainable=False).startswith(
-        "model.quantization = nf4 needs"
-    )
+    assert advice(50_000_000, **full) == "lora.rank = 16 needs 16.3 MiB"
+    assert advice(15_000_000, **full) == "lora.rank = 16 and model.dtype = bfloat16 needs 10.3 MiB"
+    nf4 = "lora.rank = 16 and model.dtype = bfloat16 and model.quantization = nf4 needs 5.5 MiB"
+    assert advice(8_000_000, **full) == nf4
+    frozen = {"dtype": torch.bfloat16, "trainable": False}
+    assert advice(7_000_000, **frozen) == "model.quantization = nf4 needs 1.8 MiB"
     assert advice(1_000, **full) == "take a smaller model or a machine with more memory"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kitae import backends
 from kitae.config import ModelSettings
 from kitae.errors import ConfigError, ModelError, PlanError
 from kitae.models import files
@@ -148,6 +149,19 @@ def test_a_config_cannot_name_code_to_run(folder):
     assert not marker.exists()
 
 
+def test_code_of_a_model_runs_only_where_it_is_trusted(folder, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (folder / "own.py").write_text(
+        "from transformers import Qwen3ForCausalLM\nclass Own(Qwen3ForCausalLM):\n    is_own = True\n"
+    )
+    rewrite(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    assert not hasattr(load_policy(settings_of(folder)).causal_lm, "is_own")
+    trusted = load_policy(settings_of(folder, trust_remote_code=True))
+    assert trusted.causal_lm.is_own
+
+
 def test_nested_configs_are_cleaned_too(folder):
     rewrite(
         folder / "config.json", text_config={"auto_map": {}, "list": [{"trust_remote_code": True, "a": 1}]}
@@ -184,7 +198,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder):
     with pytest.raises(ModelError, match=r"1 weights are missing .*up_proj"):
         load_policy(settings_of(folder))
     save_file({**weights, name: torch.zeros(3, 3)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="cannot be loaded|another shape"):
+    with pytest.raises(ModelError, match=r"cannot be loaded|another shape"):
         load_policy(settings_of(folder))
 
 
@@ -238,7 +252,7 @@ def test_a_hostile_safetensors_header_is_refused_before_anything_is_allocated(
 @pytest.mark.parametrize("shard", ["../../etc/passwd", "/etc/passwd", "sub/x.safetensors", "weights.bin", 7])
 def test_an_index_cannot_point_outside_the_folder(shard, folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
-    with pytest.raises(ModelError, match="not plain .safetensors file names"):
+    with pytest.raises(ModelError, match=r"not plain \.safetensors file names"):
         load_policy(settings_of(folder))
 
 
@@ -250,9 +264,9 @@ def test_a_missing_shard_is_named(folder):
         load_policy(settings_of(folder))
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder, shared_data):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder):
+    rewrite(folder / "config.json", vocab_size=16)
     with pytest.raises(ModelError, match="they do not belong together"):
-        rewrite(folder / "config.json", vocab_size=16)
         load_tokenizer(settings_of(folder))
 
 
@@ -275,8 +289,6 @@ def test_an_adapter_on_an_adapter_or_on_nothing_is_refused(tmp_path):
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(ConfigError, match=r"model\.device 'gpu' is unknown"):
-        from kitae import backends
-
         backends.pick("gpu")
 
 

@@ -198,7 +198,7 @@ def test_going_on_with_another_rank_is_refused(policy_of, tmp_path):
         ConfigError, match=r"lora.rank is 8, but the adapter in .* has rank 4; set lora.rank = 4"
     ):
         policy_of("qwen3", lora=LoraSettings(rank=8), path=tmp_path)
-    with pytest.raises(ConfigError, match="set lora.rank = 4"):
+    with pytest.raises(ConfigError, match=r"set lora\.rank = 4"):
         policy_of("qwen3", path=tmp_path)
 
 

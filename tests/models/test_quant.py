@@ -139,7 +139,7 @@ def test_a_checkpoint_saved_in_four_bits_loads_as_it_is(tiny, policy_of, tmp_pat
     again = policy_of("qwen3", path=tmp_path, lora=LoraSettings(rank=2))
     with torch.no_grad():
         torch.testing.assert_close(again(batch_of(ROWS))[0], first(batch_of(ROWS))[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ConfigError, match="stored in 4 bits, which cannot train; set lora.rank"):
+    with pytest.raises(ConfigError, match=r"stored in 4 bits, which cannot train; set lora\.rank"):
         policy_of("qwen3", path=tmp_path)
 
 

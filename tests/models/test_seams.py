@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from kitae.config import ModelSettings, SeamSettings
+from kitae.config import LoraSettings, ModelSettings, SeamSettings
 from kitae.models.load import load_policy
 from tests.models.conftest import (
     ALL_FAMILIES,
@@ -41,6 +41,40 @@ def test_packed_rows_have_the_loss_and_gradients_of_the_plain_module(family, sea
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_same_gradients(policy, model)
+
+
+def test_qwen3_with_experts_has_the_loss_and_gradients_of_the_plain_module(policy_of, plain_model, tmp_path):
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        **SMALL, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    rows = [random_row(n) for n in (20, 3, 40)]
+    policy, model = policy_of(path=tmp_path), plain_model(path=tmp_path)
+    assert policy.family.is_tested
+    assert policy.seams == SeamSettings()
+    loss_of(policy, batch_of(rows)).backward()
+    plain_nll(model, rows).backward()
+    assert_same_gradients(policy, model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_half_precision_is_close_to_float32_and_trains(family, dtype, rank, policy_of, tiny):
+    lora = LoraSettings(rank=rank) if rank else None
+    batch = batch_of([random_row(n, prompt=random_row(5).token_ids) for n in (20, 3, 40)])
+    settings = ModelSettings(name_or_path=str(tiny(family)), dtype=dtype, device="cpu")
+    policy = load_policy(settings, lora=lora)
+    logprobs, entropy = policy(batch, with_entropy=True, coefficients_N=-batch.weights_N)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    (-logprobs * batch.weights_N).sum().backward()
+    grads = [p.grad for n, p in policy.named_trainable() if ".experts." not in n]
+    assert all(g is not None and g.isfinite().all() and g.dtype == policy.dtype for g in grads)
+    with torch.no_grad():
+        expected, _ = policy_of(family)(batch)
+    assert (logprobs - expected).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -27,7 +27,9 @@ def base(tmp_path_factory, real_tokenizer):
     def make(family):
         if family not in made:
             folder = tmp_path_factory.mktemp(f"base-{family}")
-            made[family] = make_model(folder, family, tokenizer=real_tokenizer, hidden_size=32, intermediate_size=64)
+            made[family] = make_model(
+                folder, family, tokenizer=real_tokenizer, hidden_size=32, intermediate_size=64
+            )
         return made[family]
 
     return make
@@ -90,8 +92,12 @@ def test_lora_sft_then_grpo_and_the_adapter_loads_in_peft(family, base, gsm8k, t
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base(family)), tmp_path / "sft")
     moved = [n for n, p in adapted.named_parameters() if "lora_B" in n and p.abs().max() > 0]
     assert moved
-    run_recipe("grpo", settings_for(grpo, tmp_path / "grpo", tmp_path / "sft", gsm8k, lora=4, grpo={"kl_coef": 0.01}))
-    assert metrics_of(tmp_path / "grpo")[0]["train/kl"] == pytest.approx(0, abs=1e-6), "the reference is the start"
+    run_recipe(
+        "grpo", settings_for(grpo, tmp_path / "grpo", tmp_path / "sft", gsm8k, lora=4, grpo={"kl_coef": 0.01})
+    )
+    assert metrics_of(tmp_path / "grpo")[0]["train/kl"] == pytest.approx(0, abs=1e-6), (
+        "the reference is the start"
+    )
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base(family)), tmp_path / "grpo")
 
 

@@ -34,7 +34,9 @@ def make_round(seed=0, prompts=3, group=4):
             ids = [rng.randrange(3, 90) for _ in range(rng.randint(1, 17))]
             logprobs = [-4.6 + rng.gauss(0, 0.4) for _ in ids]
             finish = rng.choice(["stop", "length"])
-            rollouts.append(Rollout(problem=problem, text="", token_ids=ids, logprobs=logprobs, finish_reason=finish))
+            rollouts.append(
+                Rollout(problem=problem, text="", token_ids=ids, logprobs=logprobs, finish_reason=finish)
+            )
         groups.append(rollouts)
         scores.append([Score(float(rng.choice([0, 1, 10]))) for _ in range(group)])
     scores[0][1] = Score(None, "could not be scored")
@@ -73,7 +75,9 @@ def slow_grpo(folder, groups, scores, references, *, average, max_tokens, kl_coe
             total = total + (summed / len(per_token) if average == "sequence" else summed)
     denominator = {"token": tokens, "sequence": rows, "constant": rows * max_tokens}[average]
     (total / denominator).backward()
-    return (total / denominator).item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return (total / denominator).item(), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def grads_of(learner):
@@ -107,7 +111,11 @@ def test_grpo_equals_the_slow_version_for_every_cut(tiny, family, average):
     )  # fmt: skip
     rewards = torch.tensor([[float("nan") if s.value is None else s.value for s in g] for g in scores])
     adv = advantages.group_relative(rewards)
-    rows = [r for g, s, a in zip(groups, scores, adv, strict=True) for r in to_rows(g, s, advantages_G=a, rollout=rollout)]
+    rows = [
+        r
+        for g, s, a in zip(groups, scores, adv, strict=True)
+        for r in to_rows(g, s, advantages_G=a, rollout=rollout)
+    ]
     flat_refs = [ref for group in references for ref in group]
     for row, ref in zip(rows, flat_refs, strict=True):
         if kl_coef:
@@ -117,7 +125,9 @@ def test_grpo_equals_the_slow_version_for_every_cut(tiny, family, average):
     loss_fn = partial(losses.clipped_policy_gradient, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=kl_coef)
     learner = make_learner(folder)
     for rows_per_forward, share in [(1, False), (2, True), (5, False), (5, True), (64, True)]:
-        batches = collate(teaching, rows_per_forward=rows_per_forward, share_prompts=share, temperature=TEMPERATURE)
+        batches = collate(
+            teaching, rows_per_forward=rows_per_forward, share_prompts=share, temperature=TEMPERATURE
+        )
         metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
         assert metrics["loss"] == pytest.approx(slow_loss, rel=1e-5, abs=1e-6)
         assert_same_gradients(grads_of(learner), slow_grads)
@@ -145,7 +155,9 @@ def test_sft_equals_transformers_cross_entropy_for_every_cut(tiny, family):
             if taught:
                 labels[i, t] = r.token_ids[t]
     logits = model(ids, attention_mask=attention).logits
-    expected = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
+    expected = F.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
+    )
     expected.backward()
     slow_grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     weighed, denominator = averaging.weigh(rows, "token")

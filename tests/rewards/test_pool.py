@@ -137,15 +137,15 @@ def test_any_latex_gets_a_score_twice_the_same_unless_it_times_out(brief_pool, l
 def test_scores_depend_neither_on_order_nor_on_hostile_neighbours_nor_on_restarts():
     benign = [(right_form(str(n)), problem(str(n - n % 3))) for n in range(60)]
     benign += [(right_form(rf"\sqrt{{{n}}}x+1"), problem(rf"1+x\sqrt{{{n - n % 2}}}")) for n in range(2, 22)]
-    hostile = [(right_form("99999999!"), problem())] * 4
-    with RewardPool(RewardSettings(timeout_s=1)) as pool:
+    hostile = [(right_form("99999999!"), problem())] * 3
+    with RewardPool(RewardSettings(timeout_s=0.6)) as pool:
         alone = {text: pool.score([(text, p)])[0] for text, p in benign}
         mixed = benign + hostile
         for seed in range(2):
             random.Random(seed).shuffle(mixed)
             for (text, _), score in zip(mixed, pool.score(mixed), strict=True):
                 assert score == alone.get(text, (1.0, TIMEOUT))
-    with RewardPool(RewardSettings(timeout_s=1, num_workers=1)) as fresh:
+    with RewardPool(RewardSettings(timeout_s=0.6, num_workers=1)) as fresh:
         assert fresh.score(benign) == [alone[text] for text, _ in benign]
     assert {score.value for score in alone.values()} == {1.0, 10.0}
 

@@ -30,7 +30,9 @@ def put(folder: Path, step: int, **state) -> Path:
 def assert_same(one, other) -> None:
     if isinstance(one, torch.Tensor):
         assert one.dtype == other.dtype and one.shape == other.shape
-        raw = [t.contiguous().reshape(-1).view(torch.uint8).tolist() if t.numel() else [] for t in (one, other)]
+        raw = [
+            t.contiguous().reshape(-1).view(torch.uint8).tolist() if t.numel() else [] for t in (one, other)
+        ]
         assert raw[0] == raw[1]
     elif isinstance(one, dict):
         assert list(one) == list(other)
@@ -63,13 +65,16 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text().filter(lambda s: s[:1] != "$"), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text().filter(lambda s: s[:1] != "$"), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
 
 @given(st.dictionaries(st.text().filter(lambda s: s[:1] != "$"), JSON, max_size=4))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_json_values_come_back_to_the_last_bit(state: dict) -> None:
     skeleton, tensors = pack(state)
     json.loads(skeleton, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -90,16 +95,16 @@ def test_the_tensor_file_is_plain_safetensors(tmp_path: Path) -> None:
 
 def test_the_newest_is_chosen_by_number_and_not_by_date(tmp_path: Path) -> None:
     for step in (9, 100, 20):
-        put(tmp_path, step, step=step)
+        put(tmp_path, step, value=step)
     os.utime(tmp_path / "step_000100", (0, 0))
     assert steps_in(tmp_path) == [100, 20, 9]
     loaded, skipped = load_newest(tmp_path, world=WORLD)
-    assert loaded is not None and loaded.state == {"step": 100} and skipped == []
+    assert loaded is not None and loaded.state == {"value": 100} and skipped == []
 
 
 def test_a_million_steps_sort_behind_999999(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000):
-        put(tmp_path, step, step=step)
+        put(tmp_path, step, value=step)
     assert steps_in(tmp_path) == [1_000_000, 999_999]
 
 
@@ -164,10 +169,14 @@ def test_too_little_space_is_refused_before_a_byte_is_written(
 ) -> None:
     put(tmp_path, 1)
     monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 50_000)
-    with pytest.raises(RunDirError, match=r"step 2 not written: disk full: need 39[0-9.]+ KiB, have 48.8 KiB"):
+    with pytest.raises(
+        RunDirError, match=r"step 2 not written: disk full: need 39[0-9.]+ KiB, have 48.8 KiB"
+    ):
         put(tmp_path, 2, big=torch.zeros(100_000))
     assert os.listdir(tmp_path) == ["step_000001"]
-    with pytest.raises(RunDirError, match="disk too small: need 8[0-9.]+ KiB for checkpoints, have 48.8 KiB"):
+    with pytest.raises(
+        RunDirError, match=r"disk too small: need 9[0-9.]+ KiB for checkpoints, have 48.8 KiB"
+    ):
         checkpoint.require_space(tmp_path, {"w": torch.zeros(10_000)}, world=WORLD)
     checkpoint.require_space(tmp_path, {"w": torch.zeros(1_000)}, world=WORLD)
 
