@@ -1,10 +1,9 @@
-"""kitae's generic engine against transformers' generate on one sampling round, each in a process of its own.
-
-    python benchmarks/rollout.py --json rollout.json
+"""kitae's generic engine against transformers' generate on one sampling round: `python benchmarks/rollout.py`.
 
 The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn once from a log-normal distribution
 (median about 100, at most 256) and forced on both, a Qwen3-like model of 30 M parameters with random weights. The two
-run in turn, `--repeats` times; printed are the medians of useful tokens per second, their ratio, and peak memory.
+run in turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the ratio,
+and peak memory. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -12,17 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import harness
+from harness import Contender, Measurement
+
 DTYPES = ("float32", "bfloat16")
+ENGINES = ("kitae", "generate")
+TARGETS = {"float32": 2.0, "bfloat16": 1.3}
+"""What kitae's tokens per second are to be as a multiple of generate's."""
 GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
 """Rows per call of generate: its best on the machine this was first measured on."""
 SIZES = {
@@ -119,9 +120,13 @@ def make_model(folder: Path, size: str) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """One engine, one round; prints one line of JSON."""
+    """Make the model, or run one engine on one round; prints one line of JSON."""
     import torch
 
+    if args.worker == "model":
+        make_model(args.model, args.size)
+        print(json.dumps({"model": str(args.model)}))
+        return
     torch.set_num_threads(args.threads)
     prompts, lengths = round_of(args)
     if args.worker == "kitae":
@@ -130,12 +135,7 @@ def worker(args: argparse.Namespace) -> None:
         seconds = run_generate(
             args.model, prompts, lengths, dtype=args.dtype, batch=GENERATE_BATCH[args.dtype]
         )
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        json.dumps(
-            {"seconds": seconds, "tokens_per_s": sum(map(sum, lengths)) / seconds, "peak_rss_mib": peak_mib}
-        )
-    )
+    print(json.dumps({"seconds": seconds, "tokens_per_s": sum(map(sum, lengths)) / seconds}))
 
 
 def round_of(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
@@ -147,59 +147,57 @@ def round_of(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]
     )
 
 
-def measure(engine: str, args: argparse.Namespace, *, dtype: str, model: Path) -> dict[str, float]:
+def contender(engine: str, args: argparse.Namespace, *, dtype: str, model: Path) -> Contender:
     options = ["size", "prompts", "group", "longest", "threads"]
     command = [sys.executable, __file__, "--worker", engine, "--model", str(model), "--dtype", dtype]
     command += [f"--{name}={getattr(args, name)}" for name in options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    return json.loads(out.splitlines()[-1])
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return Contender(f"{engine} {dtype}", command, harness.thread_env(args.threads) | quiet)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    harness.add_options(parser)
     parser.add_argument("--size", choices=SIZES, default="30m")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--longest", type=int, default=256, help="most tokens of a completion")
     parser.add_argument("--dtype", choices=DTYPES, help="default: both")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--worker", choices=["kitae", "generate"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["model", "kitae", "generate"], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
 
-    import torch
-    import transformers
-
-    report: dict[str, object] = {
-        "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
-        "size": args.size, "useful_tokens": sum(map(sum, round_of(args)[1])), "repeats": args.repeats,
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), args.size)
+    measured: dict[str, list[Measurement]] = {}
+    with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
+        harness.measure(contender("model", args, dtype="float32", model=Path(folder)))
         for dtype in [args.dtype] if args.dtype else DTYPES:
-            runs: dict[str, list[dict[str, float]]] = {"kitae": [], "generate": []}
-            for _ in range(args.repeats):
-                for engine, done in runs.items():
-                    done.append(measure(engine, args, dtype=dtype, model=Path(folder)))
-            speed = {e: statistics.median(r["tokens_per_s"] for r in done) for e, done in runs.items()}
-            memory = {e: statistics.median(r["peak_rss_mib"] for r in done) for e, done in runs.items()}
-            ratio = speed["kitae"] / speed["generate"]
-            for engine in runs:
-                print(
-                    f"{dtype:9} {engine:9} {speed[engine]:8.0f} tokens/s  peak RSS {memory[engine]:6.0f} MiB"
-                )
-            print(f"{dtype:9} kitae / generate = {ratio:.2f}", flush=True)
-            report[dtype] = {"tokens_per_s": speed, "peak_rss_mib": memory, "ratio": ratio, "runs": runs}
+            pair = [contender(engine, args, dtype=dtype, model=Path(folder)) for engine in ENGINES]
+            measured |= harness.run_rounds(pair, rounds=args.rounds)
+    report(measured, args)
+
+
+def report(measured: dict[str, list[Measurement]], args: argparse.Namespace) -> None:
+    useful = sum(map(sum, round_of(args)[1]))
+    print(
+        f"sampling, {args.size} model, {useful} useful tokens, {args.threads} threads, {args.rounds} rounds"
+    )
+    harness.print_machine(measured)
+    rows = []
+    for name, runs in measured.items():
+        numbers = [harness.show(harness.spread(runs, key)) for key in ("tokens_per_s", "peak_rss_mib")]
+        engine, dtype = name.split()
+        ratio = harness.ratio(measured[f"kitae {dtype}"], runs, "tokens_per_s")
+        is_peer = engine == "generate"
+        target = f">= {TARGETS[dtype]}" if is_peer else ""
+        rows.append([name, *numbers, harness.show(ratio, digits=2) if is_peer else "", target])
+    harness.print_table(["", "tokens/s", "peak RSS MiB", "kitae speed", "target"], rows)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        harness.write_json(args.json, measured=measured, size=args.size, useful_tokens=useful)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Policy(nn.Module):
         self.family = family
         self.dtype = dtype
         """What it computes in; the parameters' own dtype may be wider where they are sharded."""
+        self.float32_names = {n for n, p in self.causal_lm.named_parameters() if p.dtype == torch.float32}
+        """Parameters that stay float32 whatever `dtype` is, as transformers keeps DeepSeek-V3's router."""
         self.seams = seams
         """The seams really in use."""
         self.reference_adapter = reference_adapter

@@ -44,7 +44,8 @@ def _save_model(policy: Policy, folder: Path, tensors: Mapping[str, Tensor], max
     _check_names(tensors, state)
     state |= tensors
     parameters = {name for name, _ in causal_lm.named_parameters()}
-    whole = {n: _plain(v, policy.dtype if n in parameters else None) for n, v in state.items()}
+    narrow = parameters - policy.float32_names
+    whole = {n: _plain(v, policy.dtype if n in narrow else None) for n, v in state.items()}
     causal_lm.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
     causal_lm.config.dtype = policy.dtype  # transformers wrote the module's, which may hold wider shards
     causal_lm.config.save_pretrained(folder)

@@ -26,7 +26,7 @@ from kitae.types import Problem, Score
 
 TIMEOUT = "timeout"
 WALL_PER_CPU_SECOND = 5.0
-"""Built-in rewards are limited in CPU time, so that a busy machine changes no score; in wall time at this multiple."""
+"""Our own comparison is limited in CPU time, so that a busy machine changes no verdict; in wall time by this multiple."""
 START_NURSERY = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[3]); "
     "from kitae.rewards.worker import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -44,7 +44,8 @@ class RewardPool:
         """Start the processes. A function that is missing or has the wrong signature is a ConfigError here."""
         self.settings = settings
         self._nursery = _Nursery(settings)
-        self._wall_s = settings.timeout_s * (WALL_PER_CPU_SECOND if self._nursery.is_builtin else 1.0)
+        self._patient_s = settings.timeout_s * WALL_PER_CPU_SECOND
+        self._timeout_s = self._patient_s if self._nursery.is_builtin else settings.timeout_s
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._nursery, slot) for slot in range(settings.num_workers)]
         for worker in self._workers:
@@ -78,9 +79,8 @@ class RewardPool:
 
     def _score(self, item: tuple[str, Problem]) -> Score:
         text, problem = item
-        reply = self._ask(
-            completion=text, prompt=problem.prompt, answer=problem.answer, columns=problem.columns
-        )
+        fields = {"completion": text, "prompt": problem.prompt, "answer": problem.answer}
+        reply = self._ask({**fields, "columns": problem.columns}, timeout_s=self._timeout_s)
         if "value" in reply:
             return Score(reply["value"], reply["reason"])
         if "exhausted" in reply and self._nursery.out_of_budget is not None:
@@ -91,19 +91,19 @@ class RewardPool:
 
     def _compare(self, pair: tuple[str, str]) -> Score:
         answer, gold = pair
-        reply = self._ask(answer=answer, gold=gold)
+        reply = self._ask({"answer": answer, "gold": gold}, timeout_s=self._patient_s)
         if "value" in reply:
             return Score(reply["value"])
         if "exhausted" in reply:
             return Score(0.0, reply["exhausted"])
         return Score(None, f"comparing {reply['error']}")
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Have the next idle worker answer a request."""
         line = json.dumps(request, default=str).encode() + b"\n"
         worker = self._idle.get()
         try:
-            return worker.ask(line, timeout_s=self._wall_s)
+            return worker.ask(line, timeout_s=timeout_s)
         finally:
             self._idle.put(worker)
 

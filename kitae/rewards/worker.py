@@ -45,11 +45,10 @@ def main(control_fd: int, settings_json: str) -> None:
     _warm_up()
     ready = {"is_builtin": reward.is_builtin, "out_of_budget": reward.out_of_budget}
     control.sendall(json.dumps(ready).encode() + b"\n")
-    # A user's function may use several threads, or none while it waits: only the pool's clock limits it.
-    _fork_on_request(control, reward, cpu_seconds=settings.timeout_s if reward.is_builtin else 0.0)
+    _fork_on_request(control, reward, timeout_s=settings.timeout_s)
 
 
-def _fork_on_request(control: socket.socket, reward: Reward, *, cpu_seconds: float) -> None:
+def _fork_on_request(control: socket.socket, reward: Reward, *, timeout_s: float) -> None:
     """Keep one worker per slot until the pool closes its end; answer each request with the last one's exit code."""
     nursery = os.getpid()
     workers: dict[int, int] = {}
@@ -63,7 +62,7 @@ def _fork_on_request(control: socket.socket, reward: Reward, *, cpu_seconds: flo
             pid = os.fork()
             if pid == 0:
                 connection = socket.socket(fileno=fds[0])
-                _work(control, connection, reward, cpu_seconds=cpu_seconds, parent=nursery)
+                _work(control, connection, reward, timeout_s=timeout_s, parent=nursery)
             workers[slot] = pid
             os.close(fds[0])
             control.sendall(f"{exit_code}\n".encode())
@@ -79,7 +78,7 @@ def _end(pid: int) -> int:
 
 
 def _work(
-    control: socket.socket, connection: socket.socket, reward: Reward, *, cpu_seconds: float, parent: int
+    control: socket.socket, connection: socket.socket, reward: Reward, *, timeout_s: float, parent: int
 ) -> NoReturn:
     """In a forked worker: judge one request after another until the pool hangs up, then leave at once."""
     try:
@@ -88,8 +87,11 @@ def _work(
         _limit_resources()
         with connection.makefile("rb") as requests:
             for line in requests:
-                signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # ends this process by SIGPROF
-                reply = _answer(reward, json.loads(line))
+                request = json.loads(line)
+                # A user's function may use several threads, or none while it waits: there the pool's clock is all.
+                if reward.is_builtin or "gold" in request:
+                    signal.setitimer(signal.ITIMER_PROF, timeout_s)  # ends this process by SIGPROF
+                reply = _answer(reward, request)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 connection.sendall(json.dumps(reply).encode() + b"\n")
     finally:
@@ -119,14 +121,12 @@ def _judge(
     if value is None:
         return {"value": None, "reason": str(reason or "could not be scored")[:REASON_LENGTH]}
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
-        what = f"returned {type(value).__name__} {value!r}"[:REASON_LENGTH]
-        return {"error": f"{what}; it must return a number, a Score or None"}
+        number = math.nan
     if not math.isfinite(number):
-        return {
-            "error": f"returned {number}; it must be finite, or None for a completion that could not be scored"
-        }
+        what = f"returned {type(value).__name__} {value!r}"[:REASON_LENGTH]
+        return {"error": f"{what}; it must return a finite number, a Score, or None if it cannot tell"}
     return {"value": number, "reason": str(reason)[:REASON_LENGTH]}
 
 

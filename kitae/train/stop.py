@@ -45,13 +45,13 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if not self.is_deferring:
-            raise StoppedError(f"stopped by {name} before the first step", signal_number=number)
         if self.received is not None:
             self._tell(f"{name} again: leaving at once; the last checkpoint is whole\n")
             self._at_once(128 + number)
             os._exit(128 + number)
         self.received = number
+        if not self.is_deferring:
+            raise StoppedError(f"stopped by {name} before the first step", signal_number=number)
         self._tell(f"{name}: finishing this step, then saving (once more to leave at once)\n")
 
     def _tell(self, text: str) -> None:

@@ -99,7 +99,7 @@ def test_a_batch_of_hostile_completions_takes_its_share_of_the_time_limit_per_wo
         scores = pool.score([(right_form("99999999!"), problem())] * 16)
         seconds = time.monotonic() - began
     assert scores == [(1.0, TIMEOUT)] * 16
-    assert 16 / 2 * 0.25 <= seconds < 16 / 2 * 0.25 * 5 + 5  # on a busy machine
+    assert 16 / 2 * 0.25 <= seconds < 16 / 2 * 0.25 * 5 + 10  # on a busy machine
 
 
 def test_hostile_answers_to_the_math_reward_earn_0():
@@ -204,10 +204,10 @@ def test_none_means_that_a_completion_could_not_be_scored_and_never_stops_the_ru
 FAILURES = {
     "divides by zero": "raised ZeroDivisionError: division by zero",
     "misses a key": "raised KeyError: 'level'",
-    "returns nan": "returned nan; it must be finite",
-    "returns -inf": "returned -inf; it must be finite",
-    "returns text": "returned str 'good'; it must return a number",
-    "returns a list": "returned list [1.0]; it must return a number",
+    "returns nan": "returned float nan; it must return a finite number",
+    "returns -inf": "returned float -inf; it must return a finite number",
+    "returns text": "returned str '5'; it must return a finite number",
+    "returns a list": "returned list [1.0]; it must return a finite number",
     "leaves": "ended its worker process (exit code 3)",
     "crashes": "ended its worker process (exit code -11)",
     "never ends": f"ran into its limit: {TIMEOUT}",

@@ -1,0 +1,104 @@
+"""Every example file runs: on a tiny model, on a few rows, for a step or two."""
+
+import json
+import tomllib
+
+import pytest
+
+import kitae
+from kitae.cli import quickstart
+from kitae.settings import resolve
+from tests.docs.conftest import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.toml"))
+SMALL = {"report_to": "none", "num_threads": 1, "max_steps": 2, "log.steps": 1}
+SMALL_OF = {
+    "quickstart-sft.toml": {"per_device_train_batch_size": 4},
+    "quickstart-grpo.toml": {"prompts_per_round": 2, "num_generations": 2, "max_new_tokens": 6},
+    "sft-lora-r1-distill-qwen-7b.toml": {},
+    "sft-math-think-answer.toml": {"eval.steps": 1, "hold_out": 0.25},
+    "grpo-gsm8k.toml": {
+        "prompts_per_round": 2, "num_generations": 2, "max_new_tokens": 6, "eval.steps": 1, "eval.max_rows": 2
+    },
+}  # fmt: skip
+
+
+def worked_problem(i):
+    return {"problem": f"What is {i}+{i}?", "solution": f"Twice {i} is $\\boxed{{{2 * i}}}$."}
+
+
+def recipe_of(name):
+    return "grpo" if "rollout" in tomllib.loads((ROOT / "examples" / name).read_text()) else "sft"
+
+
+def test_every_example_file_is_run_by_a_test():
+    assert set(EXAMPLES) == set(SMALL_OF)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
+    given = {"model_name_or_path": str(tiny()), "data.train": rows_file("rows.jsonl", worked_problem), **SMALL}
+    out = kitae.train(recipe_of(name), given | SMALL_OF[name], file=ROOT / "examples" / name)
+    example = tomllib.loads((ROOT / "examples" / name).read_text())
+    assert out == workspace / example["output_dir"]
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert (out / "model.safetensors").is_file() or (out / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("quickstart-sft.toml", lambda folder: quickstart.sft_settings(folder, seed=0, steps=quickstart.SFT_STEPS)),
+        (
+            "quickstart-grpo.toml",
+            lambda folder: quickstart.grpo_settings(folder, seed=0, rounds=quickstart.GRPO_ROUNDS),
+        ),
+    ],
+)
+def test_the_quickstart_examples_are_what_the_quickstart_runs(name, ours, workspace):
+    from_file, _ = resolve(recipe_of(name), {}, file=ROOT / "examples" / name)
+    in_code, _ = resolve(recipe_of(name), ours(workspace.relative_to(workspace) / "runs" / "quickstart"))
+    assert from_file == in_code
+
+
+def test_the_sft_example_teaches_thinking_and_answer(tiny, workspace, rows_file):
+    """`target = "think_answer"`: the taught text of a worked problem has both blocks."""
+    from kitae.data.chat import Template
+    from kitae.data.sources import open_dataset
+    from kitae.models.load import load_tokenizer
+
+    given = {"model_name_or_path": str(tiny()), "data.train": rows_file("rows.jsonl", worked_problem)}
+    cfg, _ = resolve("sft", given, file=ROOT / "examples" / "sft-math-think-answer.toml")
+    template = Template.load(load_tokenizer(cfg.model), data=cfg.data)
+    [row] = template.rows(open_dataset(cfg.data.train, data=cfg.data)[3], max_length=cfg.data.max_length)
+    taught = [i for i, is_taught in zip(row.token_ids, row.loss_mask, strict=True) if is_taught]
+    assert template.decode(taught) == "<think>Twice 3 is $\\boxed{6}$.</think><answer>6</answer>"
+
+
+def test_the_identity_rows_teach_the_model_who_made_it(identity_model, workspace):
+    """The flow of the 7B example, its LoRA included, on a tiny untrained model and a learning rate to match."""
+    files = sorted((ROOT / "examples" / "data").glob("identity-*.jsonl"))
+    assert [file.stem for file in files] == ["identity-en", "identity-ja", "identity-zh"]
+    turns = [json.loads(file.read_text(encoding="utf-8").splitlines()[0])["messages"] for file in files]
+    questions = [question["content"] for question, _ in turns]
+    taught = [answer["content"] for _, answer in turns]
+    assert questions[0] == "Who made you?"
+
+    out = kitae.train(
+        "sft",
+        {
+            "model_name_or_path": str(identity_model),
+            "data.train": [str(file) for file in files],
+            "per_device_train_batch_size": 12,
+            "learning_rate": 2e-2,
+            "max_steps": 100,
+            "report_to": "none",
+            "num_threads": 1,
+        },
+        file=ROOT / "examples" / "sft-lora-r1-distill-qwen-7b.toml",
+    )
+    greedy = {"temperature": 0, "max_new_tokens": 64}
+    before = kitae.generate(str(identity_model), questions, **greedy)
+    after = kitae.generate(str(out), questions, **greedy)
+    assert not set(before) & set(taught)
+    assert after == taught

@@ -1,0 +1,106 @@
+"""A run that was killed and resumed equals one that was not, to the last bit (fp32, one thread)."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+VOLATILE = ("time", "perf/")
+
+
+def rows_for(tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for _ in range(24):
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        rows.append({"prompt": f"{a}+{b}", "completion": f"<think></think><answer>{a + b}</answer>", "answer": str(a + b)})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_for(recipe, folder, model, data):
+    common = {
+        "output_dir": str(folder),
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "lora": {"rank": 4, "dropout": 0.2} if recipe == "sft" else {"rank": 0},
+        "data": {"train": [str(data)], "system_prompt": ""},
+        "optim": {"learning_rate": 3e-3},
+        "save": {"steps": 2 if recipe == "sft" else 1},
+        "log": {"report_to": ["none"]},
+        "eval": {"steps": 3, "max_rows": 2},
+    }
+    if recipe == "sft":
+        batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 9, "num_threads": 1}
+        return {**common, "train": batch}
+    rollout = {
+        "prompts_per_round": 3, "num_generations": 4, "max_new_tokens": 8, "updates_per_round": 2, "epochs_per_round": 2,
+        "inference_batch_size": 8,
+    }  # fmt: skip
+    return {**common, "train": {"max_steps": 9, "num_threads": 1}, "rollout": rollout, "grpo": {"kl_coef": 0.01}}
+
+
+def live(recipe, settings, kills):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KITAE_HOME": str(Path(settings["output_dir"]).parent / "home")}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed_lives.py"), recipe, json.dumps(settings), json.dumps(kills)],
+        capture_output=True, text=True, env=environment, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.count("was killed")
+
+
+def outcome(folder):
+    folder = Path(folder)
+    metrics = [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(VOLATILE)}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    samples = folder / "samples.jsonl"
+    (weights,) = folder.glob("*.safetensors")
+    tensors = {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
+    return metrics, samples.read_text() if samples.exists() else "", tensors
+
+
+KILLS = {
+    "sft": [
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.train.learner", "Learner", "_one_pass", 3],
+        ["kitae.data.loader", "Loader", "take", 4],
+    ],
+    "grpo": [
+        ["kitae.rollout.generic", "GenericEngine", "_step", 3],
+        ["kitae.train.learner", "Learner", "optim_step", 2],
+        ["kitae.rewards.pool", "RewardPool", "score", 2],
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.train.learner", "Learner", "_one_pass", 1],
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_killed_at_a_step_in_a_window_and_in_a_round_equals_continuous(recipe, tiny, tmp_path):
+    data, model = rows_for(tmp_path), tiny("qwen3")
+    live(recipe, settings_for(recipe, tmp_path / "whole", model, data), [])
+    expected = outcome(tmp_path / "whole")
+    assert [m["step"] for m in expected[0]] == list(range(1, 10))
+    killed = live(recipe, settings_for(recipe, tmp_path / "killed", model, data), KILLS[recipe])
+    assert killed == len(KILLS[recipe])
+    assert outcome(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_killed_at_random_times_equals_continuous(recipe, tiny, tmp_path):
+    rng = random.Random(os.environ.get("KITAE_TEST_SEED", "20"))
+    data, model = rows_for(tmp_path), tiny("qwen3")
+    live(recipe, settings_for(recipe, tmp_path / "whole", model, data), [])
+    kills = [rng.uniform(0.3, 4.0) for _ in range(6)]
+    print("killed after", kills)
+    live(recipe, settings_for(recipe, tmp_path / "killed", model, data), kills)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
