@@ -280,7 +280,8 @@ class RewardSettings(Section):
     strict_form: bool = True
     """Nothing but white space around and between the blocks; false allows other text there."""
     timeout_s: float = Field(1.0, gt=0)
-    """Hard limit for judging one completion; beyond it the answer counts as wrong."""
+    """Limit for judging one completion: CPU seconds for built-in rewards, wall seconds for your own function; beyond it
+    the answer counts as wrong."""
     num_workers: int = Field(2, ge=1)
     """Worker processes per rank."""
     on_error: Literal["stop", "mask"] = "stop"

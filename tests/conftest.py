@@ -15,6 +15,18 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 FAMILIES = ["qwen3", "llama", "deepseek_v3"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory):
+    """Pointers to runs go to a folder of this session, not to the user's ~/.kitae."""
+    before = os.environ.get("KITAE_HOME")
+    os.environ["KITAE_HOME"] = str(tmp_path_factory.mktemp("kitae-home"))
+    yield
+    if before is None:
+        del os.environ["KITAE_HOME"]
+    else:
+        os.environ["KITAE_HOME"] = before
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data; tests that need it are skipped elsewhere, but must run in CI."""

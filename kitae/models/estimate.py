@@ -52,7 +52,7 @@ def build_on_meta(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(config)
 
 
 def estimate(meta_model: Any, plan: Plan) -> Estimate:

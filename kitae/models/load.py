@@ -18,6 +18,7 @@ from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
 from kitae.models import estimate, files, quant, seams
 from kitae.models import lora as adapters
+from kitae.models.bars import bars_for
 from kitae.models.families import find_family
 from kitae.models.policy import Policy
 from kitae.plugins import did_you_mean
@@ -226,15 +227,17 @@ def _load_weights(
         architecture = type(meta)
     elif model.trust_remote_code:
         options["trust_remote_code"] = True
+    num_bytes = sum(file.stat().st_size for file in set(weights.values()))
     try:
-        causal_lm, report = architecture.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype,
-            device_map={"": device} if device.type != "cpu" else None,
-            output_loading_info=True,
-            **options,
-        )
+        with bars_for(num_bytes):
+            causal_lm, report = architecture.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                device_map={"": device} if device.type != "cpu" else None,
+                output_loading_info=True,
+                **options,
+            )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{model.name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = sorted(report["missing_keys"])

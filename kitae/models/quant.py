@@ -25,7 +25,7 @@ def nf4_config(*, dtype: torch.dtype, keep: Iterable[str]) -> Any:
     require_bitsandbytes("model.quantization nf4")
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kitae.errors import ModelError
+from kitae.models.bars import bars_for
 from kitae.models.lora import ADAPTER
 from kitae.models.policy import Policy
 
@@ -46,7 +47,8 @@ def _save_model(policy: Policy, folder: Path, tensors: Mapping[str, Tensor], max
     parameters = {name for name, _ in causal_lm.named_parameters()}
     narrow = parameters - policy.float32_names
     whole = {n: _plain(v, policy.dtype if n in narrow else None) for n, v in state.items()}
-    causal_lm.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
+    with bars_for(sum(tensor.nbytes for tensor in whole.values())):
+        causal_lm.save_pretrained(folder, state_dict=whole, max_shard_size=max_shard_bytes)
     causal_lm.config.dtype = policy.dtype  # transformers wrote the module's, which may hold wider shards
     causal_lm.config.save_pretrained(folder)
 

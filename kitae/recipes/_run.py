@@ -37,7 +37,7 @@ def run_recipe(name: str, settings: Section, *, notes: Sequence[str] = ()) -> Pa
     # Any: the settings class belongs to the recipe; the sections read here are in every one of them.
     cfg: Any = settings
     recipe = importlib.import_module(f"kitae.recipes.{name}")
-    torch.set_num_threads(cfg.train.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cfg.train.num_threads or own_cores())
     world = start_world(device=cfg.model.device)
     try:
         with Run.open(
@@ -93,3 +93,9 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def own_cores() -> int:
+    """Cores this process may use, shared fairly with the other ranks of this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from kitae.algos.losses import LossFn
 from kitae.config import ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
@@ -24,10 +27,10 @@ from kitae.data.problems import RenderedProblems
 from kitae.data.rendered import RenderedRows
 from kitae.data.sources import Dataset, open_dataset
 from kitae.models.load import load_policy
+from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
 from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
-from kitae.plugins import names_in
 from kitae.recipes._sampling import (
     FrozenModel,
     Groups,
@@ -136,7 +139,7 @@ class Setup:
     def _sources(self, *, purpose: Any) -> tuple[list[Sequence[Any]], Sequence[Any] | None]:
         """Training sources (one, or one per weight), and evaluation rows if any are asked for."""
         data = self.cfg.data
-        need_answer = purpose == "rl" and self.cfg.reward.function in names_in("kitae.rewards")
+        need_answer = purpose == "rl" and self.cfg.reward.function in ("reasoning", "math")
 
         def read(paths: Sequence[str], *, split: str, max_rows: int | None) -> Dataset:
             return open_dataset(
@@ -167,12 +170,26 @@ class Setup:
     def learner(self, *, total_steps: int) -> Learner:
         """Load the policy, spread it over the ranks, and give it an optimizer; part of every checkpoint."""
         policy = load_policy(self._model, lora=self.cfg.lora)
+        if policy.peft is not None:
+            log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)
-        self._learner = learner = Learner(
-            policy, optim=self.cfg.optim, total_steps=total_steps, world=self.world
-        )
-        self.run.track("learner", learner)
-        return learner
+        self._learner = Learner(policy, optim=self.cfg.optim, total_steps=total_steps, world=self.world)
+        self.run.track("learner", self._learner)
+        return self._learner
+
+    def update(
+        self, learner: Learner, batches: Sequence[Batch], loss_fn: LossFn, *, denominator: float
+    ) -> dict[str, float]:
+        """One optimizer step on `batches`; after the first one, name the adapters that got no gradient."""
+        metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
+        if learner.step == 0 and learner.policy.peft is not None and metrics["loss"]:
+            still = zero_gradient_adapters(learner.policy.causal_lm)
+            if still:
+                log.warning(
+                    "%d adapters got no gradient in the first step: %s", len(still), ", ".join(still[:20])
+                )
+                self.run.event("zero_gradient_adapters", names=still)
+        return metrics | learner.optim_step()
 
     def reference(self, learner: Learner, *, rows_per_forward: int) -> Reference:
         """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy."""
@@ -284,3 +301,11 @@ class Setup:
                 "perf/padding_share": 1 - real / padded if padded else 0.0,
             }
         )
+
+
+def as_text(table: Table) -> str:
+    """A table as lines of text, for the log."""
+    console = Console(width=110, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n" + capture.get().rstrip()

@@ -132,8 +132,7 @@ def train(cfg: Settings, setup: Setup) -> None:
 
         # 6. Gradient, then update.
         with setup.timer("update"):
-            metrics |= learner.forward_backward(batches, loss_fn, denominator=denominator)
-            metrics |= learner.optim_step()
+            metrics |= setup.update(learner, batches, loss_fn, denominator=denominator)
         setup.run.log(step, setup.train_metrics(metrics, batches))
 
 

@@ -65,6 +65,5 @@ def train(cfg: Settings, setup: Setup) -> None:
         batches = collate(weighed, rows_per_forward=rows_per_forward)
 
         # 3. Gradient, then update.
-        metrics = learner.forward_backward(batches, losses.cross_entropy, denominator=denominator)
-        metrics |= learner.optim_step()
+        metrics = setup.update(learner, batches, losses.cross_entropy, denominator=denominator)
         setup.run.log(step, setup.train_metrics(metrics, batches))

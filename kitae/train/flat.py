@@ -96,7 +96,7 @@ def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tens
             parameter.data = master
             parameter.grad = grad
         else:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(_move_gradient)
     seen = nn.Parameter(master)
     seen.grad = grad
     return Slot(name=name, parameter=parameter, master=seen)

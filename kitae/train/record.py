@@ -89,11 +89,6 @@ class Record:
     def samples(self, records: Iterable[Mapping[str, Any]]) -> None:
         self._samples.append(*records)
 
-    def exit(self, code: int, reason: str, *, step: int) -> None:
-        path = self.folder / "exit.json"
-        with disk_errors(path):
-            write_json(path, {"code": code, "reason": reason, "step": step, "time": round(time.time(), 3)})
-
     def sync(self) -> dict[str, int]:
         """Make metrics and samples durable; their sizes, for a checkpoint to come back to."""
         return {"metrics": self.metrics.sync(), "samples": self._samples.sync()}
@@ -112,3 +107,10 @@ class Record:
             except RunDirError as error:
                 problems.append(str(error))
         return problems
+
+
+def write_exit(folder: Path, code: int, reason: str, *, step: int) -> None:
+    """exit.json: the run ended, why, and with which exit code."""
+    path = folder / "exit.json"
+    with disk_errors(path):
+        write_json(path, {"code": code, "reason": reason, "step": step, "time": round(time.time(), 3)})

@@ -38,7 +38,7 @@ from kitae.train.identity import differences, identity, machine
 from kitae.train.logs import FILE_ONLY, RunLog
 from kitae.train.metrics import Window, require_writers
 from kitae.train.progress import ProgressView, duration, make_console, summary
-from kitae.train.record import Record
+from kitae.train.record import Record, write_exit
 from kitae.train.stop import SIGNALS, StopSignals, exit_code
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,10 @@ class Run:
                 resume=self._resume,
             )
             folder.leave_pointer(self.output_dir, recipe=self._recipe)
+        elif not (
+            self.output_dir / "exit.json"
+        ).exists():  # killed, or a full disk, between model and exit.json
+            write_exit(self.output_dir, 0, "finished", step=int(before["step"]))
         return before
 
     def _is_complete(self, before: Mapping[str, Any]) -> bool:
@@ -522,8 +526,10 @@ class Run:
         self._close_progress()
         try:
             if self._record is not None:
-                self._record_end(self._record, error)
-        except RunDirError as problem:  # a full disk, say: the run's own error is worth more than this one
+                self._record_end(error)
+        except RunDirError as problem:  # a full disk, say
+            if error is None:
+                raise
             logger.error("how the run ended could not be recorded: %s", problem)
         finally:
             for line in self._record.close() if self._record is not None else ():
@@ -535,7 +541,7 @@ class Run:
             if self._lock is not None:
                 self._lock.release()
 
-    def _record_end(self, record: Record, error: BaseException | None) -> None:
+    def _record_end(self, error: BaseException | None) -> None:
         if error is None:
             state, reason = (
                 ("finished", "finished") if self._state == "finished" else ("ended", "ended unfinished")
@@ -547,13 +553,13 @@ class Run:
         if self._state != "finished":
             self._write_status(state)
             self.event(state, code=exit_code(error), reason=reason)
-        record.exit(exit_code(error), reason, step=self.step)
+        write_exit(self.output_dir, exit_code(error), reason, step=self.step)
 
     def _leave_at_once(self, code: int) -> None:
         """Called by the second stop signal, just before the process leaves."""
         if self._record is not None:
             with contextlib.suppress(RunDirError):  # a full disk: the exit code still says it
-                self._record.exit(code, "stopped at once by a second signal", step=self.step)
+                write_exit(self.output_dir, code, "stopped at once by a second signal", step=self.step)
 
     def _close_progress(self) -> None:
         if self._progress is not None:

@@ -2,14 +2,15 @@
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 
 import kitae
 from kitae.cli import quickstart
 from kitae.settings import resolve
-from tests.docs.conftest import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.toml"))
 SMALL = {"report_to": "none", "num_threads": 1, "max_steps": 2, "log.steps": 1}
 SMALL_OF = {
@@ -55,9 +56,9 @@ def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
         ),
     ],
 )
-def test_the_quickstart_examples_are_what_the_quickstart_runs(name, ours, workspace):
+def test_the_quickstart_examples_are_what_the_quickstart_runs(name, ours):
     from_file, _ = resolve(recipe_of(name), {}, file=ROOT / "examples" / name)
-    in_code, _ = resolve(recipe_of(name), ours(workspace.relative_to(workspace) / "runs" / "quickstart"))
+    in_code, _ = resolve(recipe_of(name), ours(Path("runs/quickstart")))
     assert from_file == in_code
 
 

@@ -46,8 +46,9 @@ def life(recipe, settings, kill, *, is_first):
         if isinstance(kill, list):
             kill_self_at(*kill)
         values = {**settings, "resume": not is_first and os.path.isdir(settings["output_dir"])}
-        kitae.recipes._run.run_recipe(recipe, load(f"kitae.recipes.{recipe}:Settings", package="", attribute="")
-                                      .model_validate(values))
+        kitae.recipes._run.run_recipe(
+            recipe, load(f"kitae.recipes.{recipe}:Settings", package="", attribute="").model_validate(values)
+        )
         os._exit(0)
     except BaseException as error:
         import traceback

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,8 +63,15 @@ def settings_for(recipe, tmp_path, model, data, *, lora=0, quantization="none", 
     return recipe.Settings.model_validate(common)
 
 
+METRICS_PAGE = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+
+
 def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Every line of metrics.jsonl; each name in it must be explained in docs/metrics.md."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    unexplained = {name for line in lines for name in line if "/" in name and f"`{name}`" not in METRICS_PAGE}
+    assert not unexplained
+    return lines
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,4 +117,5 @@ def test_qlora_sft_trains_and_its_adapter_loads_in_peft(family, base, gsm8k, tmp
 
     run_recipe("sft", settings_for(sft, tmp_path / "q", base(family), gsm8k, lora=4, quantization="nf4"))
     assert os.path.exists(tmp_path / "q" / "adapter_config.json")
+    assert len(metrics_of(tmp_path / "q")) == 2
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base(family)), tmp_path / "q")

@@ -19,7 +19,13 @@ def rows_for(tmp_path):
     rows = []
     for _ in range(24):
         a, b = rng.randint(1, 9), rng.randint(1, 9)
-        rows.append({"prompt": f"{a}+{b}", "completion": f"<think></think><answer>{a + b}</answer>", "answer": str(a + b)})
+        rows.append(
+            {
+                "prompt": f"{a}+{b}",
+                "completion": f"<think></think><answer>{a + b}</answer>",
+                "answer": str(a + b),
+            }
+        )
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -37,17 +43,31 @@ def settings_for(recipe, folder, model, data):
         "eval": {"steps": 3, "max_rows": 2},
     }
     if recipe == "sft":
-        batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 9, "num_threads": 1}
+        batch = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 9,
+            "num_threads": 1,
+        }
         return {**common, "train": batch}
     rollout = {
         "prompts_per_round": 3, "num_generations": 4, "max_new_tokens": 8, "updates_per_round": 2, "epochs_per_round": 2,
         "inference_batch_size": 8,
     }  # fmt: skip
-    return {**common, "train": {"max_steps": 9, "num_threads": 1}, "rollout": rollout, "grpo": {"kl_coef": 0.01}}
+    return {
+        **common,
+        "train": {"max_steps": 9, "num_threads": 1},
+        "rollout": rollout,
+        "grpo": {"kl_coef": 0.01},
+    }
 
 
 def live(recipe, settings, kills):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KITAE_HOME": str(Path(settings["output_dir"]).parent / "home")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "KITAE_HOME": str(Path(settings["output_dir"]).parent / "home"),
+    }
     done = subprocess.run(
         [sys.executable, str(HERE / "killed_lives.py"), recipe, json.dumps(settings), json.dumps(kills)],
         capture_output=True, text=True, env=environment, timeout=400,

@@ -261,6 +261,22 @@ def test_how_a_run_ended_is_recorded(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_an_end_that_cannot_be_recorded_is_an_error_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise RunDirError("disk full")
+
+    monkeypatch.setattr("kitae.train.run.write_exit", full)
+    with pytest.raises(RunDirError, match="disk full"):
+        walk(tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setenv("KITAE_HOME", str(tmp_path / "home"))
+    assert not (tmp_path / "run" / "exit.json").exists()
+    assert walk(tmp_path / "run", resume=True)[1] == []
+    assert load(tmp_path / "run" / "exit.json")["code"] == 0
+
+
 def test_secrets_and_control_characters_do_not_reach_the_log(tmp_path: Path) -> None:
     logger = logging.getLogger("kitae.test")
     with Run.open(tmp_path / "run", config={}):
