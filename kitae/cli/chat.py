@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from pydantic import Field
+
 from kitae.cli import _help
 from kitae.cli._open import Opened, UseSettings, open_model, warn_on_stderr
 from kitae.cli._stream import Stream
@@ -16,7 +18,7 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an
 class Settings(UseSettings):
     """Talk to a model in the terminal."""
 
-    max_new_tokens: int = 2048
+    max_new_tokens: int = Field(2048, ge=1)
     """Longest answer in tokens; less where the model's context ends."""
 
 

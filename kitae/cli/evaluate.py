@@ -19,10 +19,13 @@ from kitae.errors import RunDirError
 from kitae.settings import read
 
 if TYPE_CHECKING:
+    from kitae.data.sources import Dataset
     from kitae.evaluate.records import Record
     from kitae.types import Problem
 
 PROBLEMS_AT_ONCE = 64
+_GENERATING = ("n", "results", "reward", "form", "strict_form", "raw")
+"""Settings that mean nothing where nothing is generated."""
 SHOWN = ("accuracy", "format_rate", "mean_reward", "mean_length", "truncated", "loss", "perplexity")
 
 
@@ -84,17 +87,24 @@ def from_python(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """The summary of one model, with its baseline's and their comparison where one is named."""
+    """The summary of one model, with its baseline's and their comparison where one is named.
+
+    Rows and results files are seen to before any weights are read.
+    """
     _require_sense(use)
+    dataset = _open_rows(use)
     if use.perplexity:
-        return _perplexity(use, say=say)
+        return _perplexity(use, dataset, say=say)
+    results = _results_path(use, use.model)
     if use.baseline is None:
-        return _accuracy(use, use.model, say=say)[0]
+        return _accuracy(use, use.model, dataset, results=results, say=say)[0]
     from kitae.cli.compare import text_of
     from kitae.evaluate.compare import compare
 
-    baseline, before = _accuracy(use, use.baseline, say=say)
-    summary, records = _accuracy(use, use.model, say=say)
+    results_before = results.with_name(f"{results.stem}-baseline{results.suffix}")
+    _require_new(results_before)
+    baseline, before = _accuracy(use, use.baseline, dataset, results=results_before, say=say)
+    summary, records = _accuracy(use, use.model, dataset, results=results, say=say)
     comparison = compare(before, records)
     say(text_of(comparison, first=use.baseline, second=use.model))
     return {**summary, "baseline": baseline, "comparison": asdict(comparison)}
@@ -109,18 +119,38 @@ def _require_sense(use: Settings) -> None:
         not (use.perplexity and use.baseline is not None),
         "perplexity and baseline are both given; only accuracies are compared, so run --perplexity for each model",
     )
+    for name in _GENERATING if use.perplexity else ():
+        field = Settings.model_fields[name]
+        require(
+            getattr(use, name) == field.get_default(call_default_factory=True),
+            f"{name} would have no effect: --perplexity generates nothing; leave one of them out",
+        )
 
 
-def _accuracy(use: Settings, name: str, *, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Record]]:
+def _open_rows(use: Settings) -> Dataset:
+    from kitae.data.sources import open_dataset
+
+    return open_dataset(
+        use.dataset_name,
+        data=DataSettings(columns=use.columns),
+        purpose="sft" if use.perplexity else "rl",
+        need_answer=not use.perplexity,
+        split=use.split,
+        max_rows=use.num_samples,
+    )
+
+
+def _accuracy(
+    use: Settings, name: str, dataset: Dataset, *, results: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Record]]:
     """Generate and judge with one model; its results file is written when all is done."""
     from kitae.evaluate import accuracy
     from kitae.evaluate.records import write_records
     from kitae.rewards.pool import RewardPool
 
-    results = _results_path(use, name)
     reward = RewardSettings(function=use.reward, form=use.form, strict_form=use.strict_form, on_error="mask")
     opened = open_model(use, name=name)
-    problems = _problems(use, opened)
+    problems = _problems(use, opened, dataset)
     records: list[Record] = []
     with RewardPool(reward) as pool:
         answered = accuracy.answer(
@@ -141,18 +171,9 @@ def _accuracy(use: Settings, name: str, *, say: Callable[[str], None]) -> tuple[
     return {**summary, "results": str(results)}, records
 
 
-def _problems(use: Settings, opened: Opened) -> Sequence[Problem]:
+def _problems(use: Settings, opened: Opened, dataset: Dataset) -> Sequence[Problem]:
     from kitae.data.problems import RenderedProblems
-    from kitae.data.sources import open_dataset
 
-    dataset = open_dataset(
-        use.dataset_name,
-        data=DataSettings(columns=use.columns),
-        purpose="rl",
-        need_answer=True,
-        split=use.split,
-        max_rows=use.num_samples,
-    )
     longest = (opened.context or sys.maxsize) - use.max_new_tokens
     require(
         longest > 0,
@@ -171,13 +192,9 @@ def _as_raw(problem: Problem, opened: Opened) -> Problem:
     return replace(problem, token_ids=raw.token_ids, prefill="")
 
 
-def _perplexity(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
-    from kitae.data.sources import open_dataset
+def _perplexity(use: Settings, dataset: Dataset, *, say: Callable[[str], None]) -> dict[str, Any]:
     from kitae.evaluate import perplexity
 
-    dataset = open_dataset(
-        use.dataset_name, data=DataSettings(columns=use.columns), split=use.split, max_rows=use.num_samples
-    )
     opened = open_model(use)
     rows, columns = [], []
     for example in dataset:
@@ -243,11 +260,9 @@ def _show_running(name: str, summary: dict[str, float], *, total: int) -> None:
 
 
 def _results_path(use: Settings, name: str) -> Path:
-    """Where one model's results go; made sure of before any weights are read."""
+    """Where one model's results go."""
     if use.results is not None:
         path = Path(use.results)
-        if use.baseline == name:
-            path = path.with_name(f"{path.stem}-baseline{path.suffix}")
     else:
         model, data = (Path(word.rstrip("/")).stem or "model" for word in (name, use.dataset_name[0]))
         path = Path("evaluations") / f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
@@ -257,6 +272,10 @@ def _results_path(use: Settings, name: str) -> Path:
         raise RunDirError(
             f"cannot make {path.parent} for the results: {error.strerror or error}; name a file with --results"
         ) from error
+    _require_new(path)
+    return path
+
+
+def _require_new(path: Path) -> None:
     if path.exists():
         raise RunDirError(f"{path} exists already; remove it or name another file with --results")
-    return path

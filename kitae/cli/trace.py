@@ -212,7 +212,9 @@ class _Trace:
         self._found["advantages"] = advantages_PG[0].tolist()
         rows = [to_rows(groups[0], scores[0], advantages_G=advantages_PG[0], rollout=cfg.rollout)]
         if cfg.grpo.kl_coef:
-            reference = Reference(learner.without_adapter(), rows_per_forward=cfg.rollout.rows_per_forward)
+            # Before the first step a full model is its own reference.
+            scorer = learner if learner.policy.peft is None else learner.without_adapter()
+            reference = Reference(scorer, rows_per_forward=cfg.rollout.rows_per_forward)
             rows = reference.annotate(rows, temperature=temperature)
         weighed, denominator = averaging.weigh(
             rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens

@@ -26,7 +26,8 @@ STORE_VARIABLE = "KITAE_STORE"
 """Environment variable with the path of the file where the ranks meet."""
 GRACE_S = 10.0
 """How long ranks may take to end once another has failed, before they are killed."""
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = tuple(128 + number for number in PASSED_ON)
 """Exit codes of a rank that saved and stopped because it was asked to."""
 SHOWN_BYTES = 4000
 """How much of a failed rank's last output is shown."""
@@ -36,8 +37,9 @@ def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] =
     """Run `program` (default: python -m kitae) with argv as nproc_per_node ranks; return the exit code.
 
     It is 0 if every rank left with 0, else that of the rank that failed first, 128 + n if signal n ended it.
-    Rank 0 has the terminal; what other ranks print is shown only when one of them fails first. SIGTERM and SIGINT
-    are passed on, once each, so that all ranks can save and stop together.
+    Rank 0 has the terminal; what other ranks print is shown only when one of them fails first. SIGTERM, SIGINT and
+    SIGHUP (a closed terminal) are passed on, once each, so that all ranks can save and stop together; one that was
+    ignored when the launcher started (nohup) stays ignored.
     """
     if nproc_per_node < 1:
         raise ConfigError(
@@ -142,7 +144,11 @@ def _passing_signals_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
     def pass_on(number: int, _frame: FrameType | None) -> None:
         _signal_all(ranks, signal.Signals(number))
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, pass_on)
+        for number in PASSED_ON
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:

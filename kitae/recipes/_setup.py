@@ -5,6 +5,7 @@ A recipe asks for these in the order of its pipeline, so data errors come before
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ from kitae.data.mixing import Mixture, hold_out
 from kitae.data.problems import RenderedProblems
 from kitae.data.rendered import RenderedRows
 from kitae.data.sources import Dataset, open_dataset
+from kitae.errors import NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
 from kitae.models.save import save_policy
@@ -189,7 +191,24 @@ class Setup:
                     "%d adapters got no gradient in the first step: %s", len(still), ", ".join(still[:20])
                 )
                 self.run.event("zero_gradient_adapters", names=still)
-        return metrics | learner.optim_step()
+        try:
+            return metrics | learner.optim_step()
+        except NonFiniteError:
+            self._dump(step=learner.step, batches=batches)
+            raise
+
+    def _dump(self, *, step: int, batches: Sequence[Batch]) -> None:
+        """Write the rows of a step that broke, and the random state, to nonfinite-rank<r>.json."""
+        rows = [row.token_ids for batch in batches for row in batch.rows]
+        found = {
+            "step": step,
+            "rows": rows,
+            "texts": [self.template.decode(ids) for ids in rows],
+            "torch_rng_state": bytes(torch.get_rng_state().tolist()).hex(),
+        }
+        path = self.run.output_dir / f"nonfinite-rank{self.world.rank}.json"
+        path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+        log.error("the %d rows of step %d on rank %d are in %s", len(rows), step, self.world.rank, path)
 
     def reference(self, learner: Learner, *, rows_per_forward: int) -> Reference:
         """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy."""

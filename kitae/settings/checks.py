@@ -68,7 +68,7 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
     )
     yield from idle(
         cfg.optim.name == "adafactor",
-        "optim.beta1 optim.epsilon",
+        "optim.beta1 optim.beta2 optim.epsilon",
         "optim.name is adafactor, which has no such number",
     )
     yield from idle(cfg.optim.on_nonfinite == "stop", "optim.max_skipped", "optim.on_nonfinite is stop")

@@ -56,11 +56,12 @@ def _resume(draft: Draft) -> None:
 
 def _data_files(draft: Draft) -> None:
     for given in _taken(draft, "data_files"):
-        if not isinstance(given.value, Mapping):
-            draft.put("data.train", paths_of(given.value), given.origin)
+        value = mapping_of(given.value, given.origin.where)
+        if not isinstance(value, Mapping):
+            draft.put("data.train", paths_of(value), given.origin)
             continue
         known = {"train": "data.train", "test": "data.eval", "validation": "data.eval", "eval": "data.eval"}
-        for split, paths in given.value.items():
+        for split, paths in value.items():
             if split not in known:
                 raise ConfigError(f"{given.origin.where} has {split!r}; it takes {', '.join(known)}")
             draft.put(known[split], paths_of(paths), given.origin)

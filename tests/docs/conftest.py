@@ -38,4 +38,6 @@ def identity_model(tmp_path_factory):
     letters = {c for file in files for c in file.read_text(encoding="utf-8") if ord(c) > 126}
     tokenizer = make_tokenizer(extra="".join(sorted(letters)))
     # Large starting weights: with a frozen head, adapters can only be as sure of a token as the head lets them.
-    return make_model(tmp_path_factory.mktemp("identity"), "qwen2", tokenizer=tokenizer, initializer_range=0.2)
+    return make_model(
+        tmp_path_factory.mktemp("identity"), "qwen2", tokenizer=tokenizer, initializer_range=0.2
+    )

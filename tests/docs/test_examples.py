@@ -38,7 +38,11 @@ def test_every_example_file_is_run_by_a_test():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
-    given = {"model_name_or_path": str(tiny()), "data.train": rows_file("rows.jsonl", worked_problem), **SMALL}
+    given = {
+        "model_name_or_path": str(tiny()),
+        "data.train": rows_file("rows.jsonl", worked_problem),
+        **SMALL,
+    }
     out = kitae.train(recipe_of(name), given | SMALL_OF[name], file=ROOT / "examples" / name)
     example = tomllib.loads((ROOT / "examples" / name).read_text())
     assert out == workspace / example["output_dir"]
@@ -49,7 +53,10 @@ def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
 @pytest.mark.parametrize(
     ("name", "ours"),
     [
-        ("quickstart-sft.toml", lambda folder: quickstart.sft_settings(folder, seed=0, steps=quickstart.SFT_STEPS)),
+        (
+            "quickstart-sft.toml",
+            lambda folder: quickstart.sft_settings(folder, seed=0, steps=quickstart.SFT_STEPS),
+        ),
         (
             "quickstart-grpo.toml",
             lambda folder: quickstart.grpo_settings(folder, seed=0, rounds=quickstart.GRPO_ROUNDS),

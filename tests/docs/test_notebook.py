@@ -14,7 +14,9 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "consumer-gpu.ipyn
 @pytest.fixture
 def four_bit_model(tiny, tmp_path):
     pytest.importorskip("bitsandbytes")
-    settings = ModelSettings(name_or_path=str(tiny("llama", hidden_size=128)), quantization="nf4", device="cpu")
+    settings = ModelSettings(
+        name_or_path=str(tiny("llama", hidden_size=128)), quantization="nf4", device="cpu"
+    )
     folder = tmp_path / "tiny-bnb-4bit"
     load_policy(settings, trainable=False).causal_lm.save_pretrained(folder)
     load_tokenizer(settings).save_pretrained(folder)

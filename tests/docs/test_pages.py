@@ -12,18 +12,23 @@ from kitae.cli import compare, evaluate, generate
 from kitae.cli.chat import Settings as ChatSettings
 from kitae.cli.main import commands
 from kitae.cli.main import main as kitae_main
-from kitae.config import SamplingSettings
 from kitae.settings import read, resolve, settings_class
 from kitae.settings.aliases import TABLE
 from kitae.settings.fields import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ["README.md", "README.ja.md", "README.zh.md"]
-PAGES = sorted([p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")] + [*READMES, "CONTRIBUTING.md"])
+PAGES = sorted(
+    [p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")] + [*READMES, "CONTRIBUTING.md"]
+)
+LANGUAGES = ("bash", "toml", "python")
 RECIPES = ("sft", "grpo")
 SETTINGS = {name for recipe in RECIPES for name in settings_of(settings_class(recipe))}
 SECTIONS = {name.partition(".")[0] for name in SETTINGS if "." in name}
-METRIC_GROUPS = ("train", "eval", "rollout", "perf", "time")
+COLUMN = 33
+"""Where the layout of the architecture page says what its files are."""
+METRIC = r"(train|eval|rollout|perf|time)/\w+"
+OTHER_FLAGS = {"--logdir", "--help", "--version", "--debug", "--row", "--recipe", "--nproc_per_node"}
 
 
 def read_page(page):
@@ -80,6 +85,17 @@ def test_every_command_of_a_page_parses(page, workspace):
             assert not notes.warnings, words
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.toml")))
+def test_the_commands_at_the_head_of_an_example_parse(name, workspace):
+    lines = [
+        line[1:].strip() for line in read_page(f"examples/{name}").splitlines() if line.startswith("#   ")
+    ]
+    assert lines
+    for line in lines:
+        _, notes = parse(shlex.split(line)[1:])
+        assert not notes.warnings, line
+
+
 def test_the_parser_of_this_test_refuses_what_the_command_line_refuses(workspace):
     for words in (["train", "sft", "--learnin_rate", "1"], ["chat", "m", "--no_such", "1"]):
         assert kitae_main(words) == 2
@@ -95,14 +111,20 @@ def test_toml_blocks_hold_settings_that_exist(page):
             assert set(names) <= SETTINGS, names
 
 
-@pytest.mark.parametrize("page", READMES)
-def test_the_python_of_a_readme_runs(page, tiny, workspace, rows_file, capsys):
-    [source] = blocks(page, "python")
+def test_the_python_of_the_readme_runs(tiny, workspace, rows_file, capsys):
+    [source] = blocks("README.md", "python")
     for name in ("train.jsonl", "test.jsonl"):
-        rows_file(name, lambda i: {"problem": f"{i}+{i}?", "solution": f"It is \\boxed{{{2 * i}}}.", "answer": f"{2 * i}"})
+        rows_file(
+            name,
+            lambda i: {
+                "problem": f"{i}+{i}?",
+                "solution": f"It is \\boxed{{{2 * i}}}.",
+                "answer": f"{2 * i}",
+            },
+        )
     assert "Qwen/Qwen2.5-0.5B" in source
     source = source.replace("Qwen/Qwen2.5-0.5B", str(tiny())).replace("256", "4")
-    exec(compile(source, page, "exec"), {})
+    exec(compile(source, "README.md", "exec"), {})
     accuracy, completions = capsys.readouterr().out.splitlines()[-2:]
     assert float(accuracy) == 0.0
     assert completions.startswith("[")
@@ -111,21 +133,17 @@ def test_the_python_of_a_readme_runs(page, tiny, workspace, rows_file, capsys):
 
 
 def test_the_readmes_say_the_same_in_three_languages():
-    first, *others = READMES
+    first, *others = map(skeleton, READMES)
     for other in others:
-        for language in ("bash", "toml", "python"):
-            assert [strip_comments(b) for b in blocks(other, language)] == [strip_comments(b) for b in blocks(first, language)]
-        assert re.findall(r"^#+ ", prose(other), re.MULTILINE) == re.findall(r"^#+ ", prose(first), re.MULTILINE)
-        assert prose(other).count("\n| ") == prose(first).count("\n| ")
-        assert prose(other).count("\n- ") == prose(first).count("\n- ")
-        assert "<!-- quickstart" not in prose(first) or prose(other).count("<!--") == prose(first).count("<!--")
-        own_links = {link for link in links(other) if not link.startswith("README")}
-        assert own_links == {link for link in links(first) if not link.startswith("README")}
+        assert other == first
 
 
-def strip_comments(block):
-    """Comments are translated; what they stand beside is not."""
-    return re.sub(r"\s*#.*$", "", block, flags=re.MULTILINE)
+def skeleton(page):
+    """What a translation keeps: code without its comments, headings, rows, items, and links but those among READMEs."""
+    code = [re.sub(r"\s*#.*$", "", b, flags=re.MULTILINE) for name in LANGUAGES for b in blocks(page, name)]
+    lines = prose(page).splitlines()
+    kinds = [line.split()[0] for line in lines if line.startswith(("#", "| ", "- "))]
+    return code, kinds, {link for link in links(page) if not link.startswith("README")}
 
 
 def links(page):
@@ -150,63 +168,60 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target.resolve().relative_to(ROOT).as_posix()), link
 
 
+def named_settings(page):
+    """Every `section.name` of a page, whatever stands before or after it within the backticks."""
+    words = [w for text in in_backticks(page) for w in re.findall(r"(?<![\w./$])\w+\.\w+(?![\w./(])", text)]
+    suffixes = (".py", ".md", ".json", ".jsonl", ".log", ".toml")
+    return {w for w in words if w.partition(".")[0] in SECTIONS and not w.endswith(suffixes)}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_setting_a_page_names_exists(page):
-    for text in in_backticks(page):
-        for section, name in re.findall(r"(?<![\w./$])(\w+)\.(\w+)\b(?![./(])", text):
-            if section in SECTIONS and f"{section}.{name}" not in SETTINGS:
-                is_file = (ROOT / "kitae" / text).exists() or name in ("py", "md", "json", "jsonl", "log", "jinja")
-                assert is_file or f"{section}.{name}" in SECTIONS | nested_sections(), f"{section}.{name}"
-
-
-def nested_sections():
-    return {name.rpartition(".")[0] for name in SETTINGS}
+    assert named_settings(page) <= SETTINGS
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_metric_a_page_names_is_on_the_metrics_page(page):
     known = set(re.findall(r"^\| `(\w+/\w+)`", read_page("docs/metrics.md"), re.MULTILINE))
-    for text in in_backticks(page):
-        group, slash, name = text.partition("/")
-        if slash and group in METRIC_GROUPS and re.fullmatch(r"\w+", name):
-            assert text in known, text
+    assert {text for text in in_backticks(page) if re.fullmatch(METRIC, text)} <= known
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != "docs/benchmarks.md"]
+)  # scripts of their own
 def test_every_flag_a_page_names_exists(page):
     flags = {flag for alias in TABLE for flag in alias.flags}
     ours = SETTINGS | {name.rpartition(".")[2] for name in SETTINGS}
-    for root in (evaluate.Settings, generate.Settings, ChatSettings, SamplingSettings):
+    for root in (evaluate.Settings, generate.Settings, ChatSettings):
         ours |= set(root.model_fields)
-    of_programs = {"--help", "--version", "--debug", "--row", "--recipe", "--json", "--nproc_per_node", "--logdir"}
-    quickstart = {"--sft_steps", "--grpo_rounds", "--held_out"}
     for text in in_backticks(page):
         for flag in re.findall(r"(?<!\S)--[A-Za-z][\w.\-]*", text):
-            name = flag[2:].replace("-", "_")
-            assert flag in flags | of_programs | quickstart or name in ours, flag
+            assert flag in flags | OTHER_FLAGS or flag[2:].replace("-", "_") in ours, flag
+
+
+def test_the_checks_of_names_look_at_something():
+    assert named_settings("docs/troubleshooting.md") >= {
+        "lora.rank",
+        "save.keep",
+        "reward.form",
+        "data.weights",
+    }
+    assert "rollout/dead_groups" in in_backticks("docs/recipes/grpo.md")
+    assert re.fullmatch(METRIC, "rollout/dead_groups") and not re.fullmatch(METRIC, "train/run.py")
 
 
 def test_files_the_architecture_page_names_exist():
     page = read_page("docs/architecture.md")
     for name in re.findall(r"`(?:kitae/)?(\w+/[\w/]+\.py)`", page):
         assert (ROOT / "kitae" / name).is_file() or (ROOT / name).is_file(), name
-    [layout] = re.findall(r"^```\n(kitae/\n.*?)^```", page, re.DOTALL | re.MULTILINE)
-    package = layout.partition("tests/")[0]
-    folder = None
-    for line in package.splitlines()[1:]:
-        names = re.split(r"\s{2,}", line.strip())
-        if line.startswith("  ") and re.match(r"  \w+/", line):
-            folder = names.pop(0).rstrip("/")
-            assert (ROOT / "kitae" / folder).is_dir(), folder
-        if not names or (len(names) == 1 and line.startswith(" " * 30)):
-            continue
-        for name in names[0].split():
-            if name.startswith("families/"):
-                for family in name[name.index("{") + 1 : -1].split(","):
-                    assert (ROOT / "kitae" / folder / "families" / f"{family}.py").is_file(), family
-            elif re.fullmatch(r"[a-z_0-9]+(\.py)?", name) and line[2:14].strip() in (f"{folder}/", ""):
-                where = ROOT / "kitae" if name.endswith(".py") else ROOT / "kitae" / (folder or "")
-                assert (where / f"{name.removesuffix('.py')}.py").is_file(), (folder, name)
+    [layout] = re.findall(r"^```\nkitae/\n(.*?)^tests/", page, re.DOTALL | re.MULTILINE)
+    folders = {f"{path.name}/" for path in (ROOT / "kitae").rglob("*") if path.is_dir()}
+    files = {path.stem for path in (ROOT / "kitae").rglob("*.py")}
+    for line in layout.splitlines():
+        has_text = line[COLUMN - 2 : COLUMN] == "  "
+        names = line[:COLUMN] if has_text else line
+        for name in re.findall(r"\w+/?", names.replace(".py", "")):
+            assert name in folders | files, line
 
 
 def test_the_readme_and_the_help_know_the_same_commands():

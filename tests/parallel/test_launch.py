@@ -105,7 +105,9 @@ def test_a_rank_ended_by_a_signal_gives_128_plus_its_number(tmp_path, capfd):
     assert "rank 1 of 2 failed first, ended by SIGKILL" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_is_passed_on_once_and_its_exit_code_comes_back(tmp_path, number, code):
     process = launch_in_process(
         tmp_path,

@@ -219,6 +219,7 @@ def test_more_updates_than_prompts_are_refused():
     [
         ["--lora.dropout", "0.1"],
         ["--optim.name", "adafactor", "--optim.beta1", "0.8"],
+        ["--optim.name", "adafactor", "--optim.beta2", "0.9"],
         ["--optim.max_skipped", "3"],
         ["--save.metric", "eval/perplexity"],
         ["--log.wandb_project", "mine"],

@@ -1,0 +1,84 @@
+"""`kitae launch --nproc_per_node 2` gives what one process gives: losses, rewards, samples and weights."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+
+def rows_for(tmp_path):
+    rng = random.Random(1)
+    rows = []
+    for _ in range(20):
+        a, b = rng.randint(1, 99), rng.randint(1, 9)
+        thinking = "so " * rng.randint(0, 9)
+        completion = f"<think>{thinking}</think><answer>{a + b}</answer>"
+        rows.append({"prompt": f"{a}+{b}", "completion": completion, "answer": str(a + b)})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(arguments, *, ranks, home):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KITAE_HOME": str(home)}
+    launch = ["launch", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, "-m", "kitae", *launch, "train", *arguments, "--train.num_threads", "1"],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "perf/"))} for line in lines]
+
+
+def assert_same(one, two):
+    first, second = metrics_of(one), metrics_of(two)
+    assert [set(m) for m in first] == [set(m) for m in second]
+    for a, b in zip(first, second, strict=True):
+        assert b == pytest.approx(a, rel=2e-4, abs=2e-6)
+    weights = [load_file(next(folder.glob("*.safetensors"))) for folder in (one, two)]
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_sft_on_two_ranks_equals_one_process(lora, tiny, tmp_path):
+    data = rows_for(tmp_path)
+    common = [
+        "sft", "--model_name_or_path", str(tiny("llama")), "--data.train", str(data), "--max_steps", "4",
+        "--lora.rank", str(lora), "--learning_rate", "1e-3", "--eval.steps", "2", "--log.report_to", "none",
+    ]  # fmt: skip
+    one = [*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")]
+    two = [*common, "--per_device_train_batch_size", "3", "--output_dir", str(tmp_path / "two")]
+    train(one, ranks=1, home=tmp_path / "home")
+    train(two, ranks=2, home=tmp_path / "home")
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(tiny, tmp_path):
+    data = rows_for(tmp_path)
+    common = [
+        "grpo", "--model_name_or_path", str(tiny("qwen3")), "--data.train", str(data), "--max_steps", "3",
+        "--rollout.prompts_per_round", "3", "--rollout.num_generations", "4", "--rollout.max_new_tokens", "6",
+        "--learning_rate", "1e-3", "--grpo.kl_coef", "0.01", "--log.report_to", "none", "--eval.steps", "2",
+        "--reward.function", f"{tmp_path / 'reward.py'}:reward",
+    ]  # fmt: skip
+    (tmp_path / "reward.py").write_text(
+        "def reward(completion, *, prompt, answer, **columns):\n    return float(sum(map(ord, completion)) % 7)\n"
+    )
+    for name, ranks in (("one", 1), ("two", 2)):
+        train([*common, "--output_dir", str(tmp_path / name)], ranks=ranks, home=tmp_path / "home")
+
+    def samples(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        return sorted((s["step"], s["problem"], s["sample"], s["completion"], s["reward"]) for s in lines)
+
+    assert samples("one") == samples("two")
+    assert_same(tmp_path / "one", tmp_path / "two")
