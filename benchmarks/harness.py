@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run_rounds(contenders: Sequence[Contender], *, rounds: int) -> dict[str, list[Measurement]]:
     """Measure every contender once per round; every second round goes backwards, so that drift hits all alike."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that measure() ends its child
     measured: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
     for number in range(rounds):
         for contender in contenders[:: -1 if number % 2 else 1]:
@@ -98,7 +100,7 @@ def measure(contender: Contender) -> Measurement:
         )
         try:
             _, status, usage = os.wait4(child.pid, 0)  # Popen.wait does not tell the child's peak memory
-        except BaseException:
+        except BaseException:  # Ctrl-C and SIGTERM too: no measurement goes on unseen
             child.kill()
             raise
         child.returncode = os.waitstatus_to_exitcode(status)

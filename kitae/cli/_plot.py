@@ -29,16 +29,26 @@ def draw_text(curve: Curve, *, width: int = 28, height: int = 7) -> list[str]:
     first, last = points[0][0], points[-1][0]
     columns, rows = width * 2, height * 4
     cells = [[0] * width for _ in range(height)]
+    before: int | None = None
     for column in range(columns):
         value = _value_at(points, first + (last - first) * column / max(columns - 1, 1))
         row = rows - 1 - round((value - low) / ((high - low) or 1.0) * (rows - 1))
-        cells[row // 4][column // 2] |= _DOTS[column % 2, row % 4]
+        for y in _between(before, row):
+            cells[y // 4][column // 2] |= _DOTS[column % 2, y % 4]
+        before = row
     labels = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     margin = max(map(len, labels))
     lines = [f"{curve.title:^{width + margin + 1}}".rstrip()]
     for label, line in zip(labels, cells, strict=True):
         lines.append(f"{label:>{margin}}|" + "".join(chr(0x2800 + bits) for bits in line))
     return [*lines, f"{'':>{margin}} {first:<{width // 2}g}{last:>{width - width // 2}g}"]
+
+
+def _between(before: int | None, row: int) -> range:
+    """Dots of one column that join it to the column before: a line, not a cloud."""
+    if before is None or before == row:
+        return range(row, row + 1)
+    return range(before + 1, row + 1) if row > before else range(row, before)
 
 
 def _value_at(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -152,6 +153,7 @@ def _accuracy(
     opened = open_model(use, name=name)
     problems = _problems(use, opened, dataset)
     records: list[Record] = []
+    running = _Running(name, total=len(problems))
     with RewardPool(reward) as pool:
         answered = accuracy.answer(
             opened.engine,
@@ -161,10 +163,11 @@ def _accuracy(
             n=use.n,
             seed=use.seed,
             problems_at_once=PROBLEMS_AT_ONCE,
+            on_tokens=running.on_tokens,
         )
         for chunk in answered:
             records += chunk
-            _show_running(name, accuracy.summarise(records), total=len(problems))
+            running.update(accuracy.summarise(records))
     summary = _report(use, name, records, accuracy.summarise, metric="accuracy", say=say)
     write_records(results, records)
     say(f"results: {results}")
@@ -246,17 +249,33 @@ def _line(summary: dict[str, float]) -> str:
     return f"{', '.join(parts) or 'nothing to report'}; {count}"
 
 
-def _show_running(name: str, summary: dict[str, float], *, total: int) -> None:
-    """The running accuracy: rewritten in place on a terminal, a line now and then elsewhere."""
-    line = f"{name}: {summary['problems']:.0f} of {total}, accuracy {summary.get('accuracy', 0.0):.3f}"
-    is_terminal = sys.stderr.isatty()
-    is_last = summary["problems"] >= total
-    print(
-        f"\r{line}" if is_terminal else line,
-        end="\n" if is_last or not is_terminal else "",
-        file=sys.stderr,
-        flush=True,
-    )
+class _Running:
+    """The running accuracy: rewritten in place on a terminal, also as tokens come; else a line for each chunk."""
+
+    def __init__(self, name: str, *, total: int) -> None:
+        self._name, self._total = name, total
+        self._is_terminal = sys.stderr.isatty()
+        self._tokens, self._due = 0, 0.0
+        self._text = f"{name}: 0 of {total}"
+
+    def on_tokens(self, _problem: int, _sample: int, ids: Sequence[int]) -> None:
+        """Count tokens, and show them now and then: the first accuracy may be minutes away."""
+        self._tokens += len(ids)
+        if self._is_terminal and time.monotonic() >= self._due:
+            self._due = time.monotonic() + 0.5
+            self._print(f"{self._text}, {self._tokens:,} tokens", end="")
+
+    def update(self, summary: dict[str, float]) -> None:
+        """Show the accuracy on what is judged so far."""
+        self._text = (
+            f"{self._name}: {summary['problems']:.0f} of {self._total}, accuracy {summary.get('accuracy', 0.0):.3f}"
+        )
+        is_last = summary["problems"] >= self._total
+        self._print(self._text, end="" if self._is_terminal and not is_last else "\n")
+
+    def _print(self, text: str, *, end: str) -> None:
+        start = "\r\x1b[K" if self._is_terminal else ""
+        print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
 
 def _results_path(use: Settings, name: str) -> Path:
@@ -264,7 +283,8 @@ def _results_path(use: Settings, name: str) -> Path:
     if use.results is not None:
         path = Path(use.results)
     else:
-        model, data = (Path(word.rstrip("/")).stem or "model" for word in (name, use.dataset_name[0]))
+        model = Path(name).resolve().name or "model"
+        data = Path(use.dataset_name[0].rstrip("/")).stem or "data"
         path = Path("evaluations") / f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,3 +299,5 @@ def _results_path(use: Settings, name: str) -> Path:
 def _require_new(path: Path) -> None:
     if path.exists():
         raise RunDirError(f"{path} exists already; remove it or name another file with --results")
+    if not os.access(path.parent, os.W_OK):
+        raise RunDirError(f"{path.parent} cannot be written to; name another file with --results")

@@ -20,7 +20,10 @@ from kitae.errors import ConfigError, KitaeError
 from kitae.plugins import did_you_mean, names_in
 
 UNEXPECTED, USER, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
-_USER_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+_USER_ERRNOS = (
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KitaeError as error:
-        return _say(error, " ".join(str(error).split()), code=error.exit_code, is_debugging=is_debugging)
+        return _say(error, _joined(str(error)), code=error.exit_code, is_debugging=is_debugging)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             return _unexpected(error, is_debugging=is_debugging)
@@ -87,6 +90,12 @@ def _help() -> str:
             "--debug shows the traceback of an error.",
         ]
     )
+
+
+def _joined(message: str) -> str:
+    """A message with a list in it: a line for each on a terminal, one line anywhere else."""
+    head, *rest = [" ".join(line.split()) for line in message.splitlines()] or [""]
+    return "\n  ".join([head, *rest]) if sys.stderr.isatty() else f"{head} {'; '.join(rest)}".rstrip()
 
 
 def _say(error: BaseException, message: str, *, code: int, is_debugging: bool) -> int:

@@ -101,8 +101,14 @@ def extract_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
-    _, mark, after = text.rpartition("####")
-    return (after.strip() or None) if mark else None
+    return _after_mark(text)[1]
+
+
+def _after_mark(text: str) -> tuple[str, str | None]:
+    """What stands before and after GSM8K's last ####; a heading, with more lines below it, is no answer."""
+    before, mark, after = text.rpartition("####")
+    final = after.strip()
+    return (before, final) if mark and final and "\n" not in final else (text, None)
 
 
 def has_tags(text: str) -> bool:
@@ -174,9 +180,9 @@ def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bo
     text = _answer_text(answer)
     if text is None:
         return turns, None, False
-    worked, mark, final = text.rpartition("####")
+    worked, final = _after_mark(text)
     turns.append({"role": "assistant", "content": text, "field": "answer"})
-    return turns, final if mark else text, bool(worked.strip())
+    return turns, final or text, final is not None and bool(worked.strip())
 
 
 def _optional(record: dict[str, Any], name: str) -> list[Message]:
@@ -296,8 +302,9 @@ def _with_target(
         raise RowError(
             "data.target is think_answer, but the row has an answer only, no solution to think with"
         )
-    if "####" in solution and solution.rpartition("####")[2].strip() == answer:
-        solution = solution.rpartition("####")[0].rstrip()
+    worked, final = _after_mark(solution)
+    if final == answer:
+        solution = worked.rstrip()
     text = f"<think>{solution}</think><answer>{answer}</answer>"
     return [*messages[:-1], {**last, "content": text}]
 

@@ -104,19 +104,27 @@ def _read_json(path: Path, name: str) -> Records:
         seen = position
         where = f"{name}:{line}"
         try:
-            record, position = _DECODER.raw_decode(text, position)
+            record, position = _record_at(text, position)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
             ) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error or 'nested too deep'}") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: nested too deep") from error
         yield record, where
         position = _skip_space(text, position)
         if text[position : position + 1] == ",":
             position += 1
         elif text[position : position + 1] != "]":
             raise DataError(f"{name}:{line + text.count(chr(10), seen, position)}: not JSON: expected , or ]")
+
+
+def _record_at(text: str, position: int) -> tuple[Any, int]:
+    """The record that begins there, or the RowError that says why it cannot be used, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except RowError as error:
+        return error, _LENIENT_DECODER.raw_decode(text, position)[1]
 
 
 def _is_array_of_records(text: str) -> bool:
@@ -234,6 +242,8 @@ def _constant(text: str) -> Any:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_pairs, parse_float=_float, parse_int=_int, parse_constant=_constant
 )
+_LENIENT_DECODER = json.JSONDecoder(parse_int=str)
+"""Finds the end of a record that is JSON, but not as strict as we want it."""
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
     ".jsonl": _read_jsonl,

@@ -15,6 +15,8 @@ from kitae.errors import ModelError
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 """What is downloaded of a hub model: weights, configuration, tokenizer and template, no code and no pickles."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+TAGGED_FLOATS = ("Infinity", "-Infinity", "NaN")
+"""Numbers that JSON has not, as transformers writes them: {"__float__": "Infinity"}."""
 MAX_HEADER_BYTES = 16 << 20
 ELEMENT_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "I16": 16, "U16": 16, "F16": 16,
@@ -180,7 +182,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _without_code(value: Any) -> Any:
     if isinstance(value, dict):
-        return dict(_harmless(value))
+        tag = value.get("__float__") if len(value) == 1 else None
+        return float(tag) if tag in TAGGED_FLOATS else dict(_harmless(value))
     return [_without_code(item) for item in value] if isinstance(value, list) else value
 
 

@@ -73,6 +73,11 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
     stored = _stored_quantization(config)
     if model.quantization == "nf4" and trainable and not rank:
         raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
+    if stored == "fp8" and model.quantization == "nf4":
+        raise ConfigError(
+            f"model.quantization is nf4, but the weights of {model.name_or_path} are stored in FP8 and load as bfloat16; "
+            "set it to none, or save them once as bfloat16"
+        )
     if stored == "fp8" and model.trust_remote_code:
         raise ConfigError(
             "FP8 weights load into transformers' own classes only; set model.trust_remote_code to false"
@@ -147,12 +152,15 @@ def _check_adapter(found: files.ModelFiles, *, rank: int, trainable: bool) -> No
 
 
 def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     raw = files.read_config(folder)
     if trust_remote_code:
+        names = sorted(file.name for file in folder.glob("*.py"))
+        log.warning("running code that comes with the model: %s in %s", ", ".join(names) or "no file", folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     kind = raw["model_type"]
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -162,7 +170,7 @@ def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(raw)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{folder}/config.json is not a valid {kind} configuration: {error}") from error
 
 
@@ -174,9 +182,11 @@ def _stored_quantization(config: Any) -> str | None:
     method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method is None and isinstance(stored, dict) and stored.get("load_in_4bit"):
         method = "bitsandbytes"
+    if method == "bitsandbytes" and not stored.get("load_in_4bit"):
+        method = "bitsandbytes 8-bit"
     if method not in ("fp8", "bitsandbytes"):
         raise ModelError(
-            f"its weights are stored as {method!r}; kitae reads plain, FP8 block-scaled and bitsandbytes weights, "
+            f"its weights are stored as {method!r}; kitae reads plain, FP8 block-scaled and bitsandbytes 4-bit weights, "
             "so take the model's original weights"
         )
     return str(method)

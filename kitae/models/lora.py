@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 import types
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +126,8 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
         use_rslora=settings.use_rslora,
         task_type="CAUSAL_LM",
     )
-    wrapper = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
+    with _without_peft_chatter():
+        wrapper = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
     _finish(causal_lm, dtype)
     for name, parameter in adapter_parameters(causal_lm):
         _initialise_(name, parameter, settings.init_seed)
@@ -145,14 +148,23 @@ def load_adapter(
     """
     from peft import PeftModel
 
-    wrapper = PeftModel.from_pretrained(
-        causal_lm, folder, adapter_name=ADAPTER, is_trainable=trainable, autocast_adapter_dtype=False
-    )
-    if trainable:
-        wrapper.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
-        wrapper.set_adapter(ADAPTER)
+    with _without_peft_chatter():
+        wrapper = PeftModel.from_pretrained(
+            causal_lm, folder, adapter_name=ADAPTER, is_trainable=trainable, autocast_adapter_dtype=False
+        )
+        if trainable:
+            wrapper.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
+            wrapper.set_adapter(ADAPTER)
     _finish(causal_lm, dtype)
     return wrapper, REFERENCE if trainable else None
+
+
+@contextmanager
+def _without_peft_chatter() -> Iterator[None]:
+    """Inside it peft's use of a name that transformers renamed is not told to the user, who cannot change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def adapter_parameters(causal_lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -57,7 +57,10 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
 
     AttentionInterface.register(NAME, _attention)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts.experts_forward)
-    plain_TH = None if family.is_tested else _plain_hidden(causal_lm)
+    plain_TH = None
+    if not family.is_tested:
+        _require_known_logits(causal_lm)
+        plain_TH = _plain_hidden(causal_lm)
     use_experts = _install_experts(causal_lm, settings, plain_TH)
     reason = _why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
@@ -181,6 +184,20 @@ def _packed_hidden(causal_lm: Any) -> Tensor:
     packing = Packing(segments=segments, num_tokens=a + b + c)
     with torch.no_grad():
         return _decode(causal_lm, _compared_ids(causal_lm), positions=positions, packing=packing)
+
+
+def _require_known_logits(causal_lm: Any) -> None:
+    """Refuse an architecture whose own logits are not those that kitae makes of its hidden states."""
+    ids = _compared_ids(causal_lm)[None].to(next(causal_lm.parameters()).device)
+    with torch.no_grad():
+        own_TV = causal_lm(input_ids=ids, use_cache=False).logits[0].float()
+        hidden_TH = causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits_TV = scaled_logits(causal_lm.get_output_embeddings()(hidden_TH).float(), causal_lm.config)
+    if not _is_close(logits_TV, own_TV, causal_lm.dtype):
+        raise ModelError(
+            f"{causal_lm.config.model_type} models make their logits of hidden states in a way that kitae does not "
+            "know, so its log-probs would be wrong; this architecture cannot be used"
+        )
 
 
 def _compared_ids(causal_lm: Any) -> Tensor:

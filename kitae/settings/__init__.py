@@ -88,6 +88,10 @@ def read(
         reader.place_word(name, value)
     if alone:
         raise ConfigError(f"{alone[0]!r} belongs to no flag of kitae {command}; --help lists all")
+    for name in positional:
+        if reader.known[name].is_required and not reader.draft.has(name):
+            usage = " ".join(word.upper() for word in positional)
+            raise ConfigError(f"{name} is missing; usage: kitae {command} {usage} ...")
     settings: S = reader.validate()
     return settings, _notes(reader)
 

@@ -98,10 +98,15 @@ def separated(value: Any) -> Any:
     return value
 
 
+def unquoted(value: Any) -> Any:
+    """The object that a JSON text stands for, as a command line has to write one; anything else as it is."""
+    is_json = isinstance(value, str) and value.lstrip().startswith("{")
+    return json.loads(value) if is_json else value
+
+
 def paths_of(value: Any) -> list[str]:
     """Paths as a list, from a path, a list, or a mapping name -> path (a dict, or JSON text)."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = json.loads(value)
+    value = unquoted(value)
     if isinstance(value, Mapping):
         return [str(path) for path in value.values()]
     return list(value) if isinstance(value, list | tuple) else [str(value)]

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from kitae.plugins import did_you_mean
 from kitae.settings.draft import Draft
+
+EVALUATED = {
+    "sft": ("eval/loss", "eval/perplexity"),
+    "grpo": (
+        "eval/accuracy",
+        "eval/reward",
+        "eval/format_rate",
+        "eval/completion_length",
+        "eval/truncated",
+    ),
+}
+"""What evaluation during a run reports, by recipe."""
 
 
 def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
@@ -35,6 +50,13 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
         ):
             if is_on:
                 yield f"{name} needs evaluation during the run; set eval.steps (and data.eval, or leave data.hold_out)"
+    if _picks_best(cfg) and cfg.save.metric not in (reported := EVALUATED.get(recipe, (cfg.save.metric,))):
+        yield f"save.metric is {cfg.save.metric}, which {recipe} does not evaluate; {did_you_mean(cfg.save.metric, reported)}"
+    if cfg.data.eval_split and not cfg.data.eval and any(map(_is_here, cfg.data.train)):
+        yield (
+            f"data.eval_split is {cfg.data.eval_split}, but data.train is files here, which have no splits: evaluation "
+            "would see the training rows; name other files with data.eval, or leave it out for a hold-out"
+        )
     if recipe == "grpo" and cfg.rollout.updates_per_round > cfg.rollout.prompts_per_round:
         yield (
             f"rollout.updates_per_round is {cfg.rollout.updates_per_round}, but a round has only "
@@ -60,7 +82,6 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
             yield from ((name, reason) for name in names.split())
 
     given_rows = bool(cfg.data.eval or cfg.data.eval_split)
-    picks_best = cfg.save.final == "best" or cfg.train.early_stopping_patience > 0
     yield from idle(
         not cfg.lora.rank,
         "lora.alpha lora.dropout lora.target_modules lora.bias lora.use_rslora lora.init_seed",
@@ -75,6 +96,14 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
     yield from idle(
         cfg.optim.lr_scheduler == "constant", "optim.min_lr_ratio", "optim.lr_scheduler is constant"
     )
+    yield from idle(
+        all(map(_is_here, cfg.data.train)), "data.split", "data.train is files here, which have no splits"
+    )
+    yield from idle(
+        bool(cfg.data.eval) and all(map(_is_here, cfg.data.eval)),
+        "data.eval_split",
+        "data.eval is files here, which have no splits",
+    )
     yield from idle(given_rows, "data.hold_out", "evaluation rows are given by data.eval or data.eval_split")
     yield from idle(
         not given_rows and not cfg.eval.steps, "data.hold_out", "eval.steps is 0, so nothing is evaluated"
@@ -85,7 +114,7 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
         "nothing is evaluated; set eval.steps or data.eval",
     )
     yield from idle(
-        not picks_best,
+        not _picks_best(cfg),
         "save.metric save.metric_mode",
         "neither save.final is best nor train.early_stopping_patience above 0",
     )
@@ -108,6 +137,18 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
             "reward.form reward.strict_form",
             f"reward.function is {cfg.reward.function}, and only the reasoning reward has a form",
         )
+
+
+def _picks_best(cfg: Any) -> bool:
+    return bool(cfg.save.final == "best" or cfg.train.early_stopping_patience > 0)
+
+
+def _is_here(path: str) -> bool:
+    """Whether a data path is a file, folder or glob of this machine, and no name of the hub."""
+    try:
+        return glob.has_magic(path) or Path(path).expanduser().exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _evaluates(cfg: Any) -> bool:

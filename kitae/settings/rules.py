@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kitae.errors import ConfigError
-from kitae.settings.aliases import paths_of
+from kitae.settings.aliases import paths_of, unquoted
 from kitae.settings.draft import Draft, Given, Origin, as_bool, as_int
 
 _RL_EXAMPLE = ("inference_microbatch_size", "train_minibatch_size", "train_microbatch_size", "algo")
@@ -56,7 +56,10 @@ def _resume(draft: Draft) -> None:
 
 def _data_files(draft: Draft) -> None:
     for given in _taken(draft, "data_files"):
-        value = mapping_of(given.value, given.origin.where)
+        try:
+            value = unquoted(given.value)
+        except ValueError as error:
+            raise ConfigError(f"{given.origin.where} is {given.value!r}, which is not JSON: {error}") from error
         if not isinstance(value, Mapping):
             draft.put("data.train", paths_of(value), given.origin)
             continue

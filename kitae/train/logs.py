@@ -18,14 +18,14 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Clean(logging.Formatter):
-    """Masks tokens and passwords, and writes control characters as escapes, so that no line forges another."""
+    """Masks tokens and passwords, escapes control characters, and indents further lines: none forges a record."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = SECRET.sub("***", super().format(record))
         return CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = record.message.replace("\n", "\\n")
+        record.message = record.message.replace("\n", "\n    ")
         return super().formatMessage(record)
 
 

@@ -135,6 +135,11 @@ def test_chat_keeps_history_by_the_template_and_caps_at_the_context(files, tiny)
     assert conversation.messages is turns
 
 
+def test_chat_wants_room_for_an_answer(kitae, tiny):
+    code, _, err = kitae("chat", tiny(), "--max_new_tokens", 0)
+    assert code == 2 and "max_new_tokens is 0" in err
+
+
 def test_evaluate_reports_intervals_groups_and_results(kitae, files, tiny):
     code, out, err = kitae(
         "evaluate", tiny(), "--dataset_name", "rl.jsonl", "--num_samples", 6, "--max_new_tokens", 4, "--by", "level",
@@ -152,6 +157,20 @@ def test_evaluate_reports_intervals_groups_and_results(kitae, files, tiny):
     assert len((files / "found.jsonl").read_text().splitlines()) == 6
     code, _, err = kitae("evaluate", tiny(), "--dataset_name", "rl.jsonl", "--results", "found.jsonl")
     assert code == 2 and "found.jsonl exists already" in err
+
+
+def test_evaluate_reads_rows_and_looks_at_its_results_files_before_the_weights(kitae, files, tiny):
+    absent = "absent/model"
+    assert "nowhere.jsonl" in kitae("evaluate", absent, "--dataset_name", "nowhere.jsonl")[2]
+    (files / "r-baseline.jsonl").write_text("")
+    flags = ["--dataset_name", "rl.jsonl", "--baseline", absent, "--results", "r.jsonl"]
+    assert "r-baseline.jsonl exists already" in kitae("evaluate", absent, *flags)[2]
+
+
+@pytest.mark.parametrize("flag", [["--n", "2", "--temperature", "1"], ["--results", "r.jsonl"], ["--raw"]])
+def test_what_perplexity_does_not_use_is_refused(kitae, files, flag):
+    code, _, err = kitae("evaluate", "absent/model", "--dataset_name", "sft.jsonl", "--perplexity", *flag)
+    assert code == 2 and f"{flag[0][2:]} would have no effect" in err
 
 
 def test_evaluate_several_samples_needs_a_temperature(kitae, files, tiny):
@@ -235,10 +254,11 @@ def test_trace_prints_every_station_with_the_numbers_of_the_run(kitae, files, ti
     assert not (files / "runs").exists()
 
 
-def test_trace_of_grpo_samples_and_judges_a_group(kitae, files, tiny):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_trace_of_grpo_samples_and_judges_a_group(kitae, files, tiny, rank):
     (files / "run.toml").write_text(
         f'[model]\nname_or_path = "{tiny()}"\n[data]\ntrain = "rl.jsonl"\nsystem_prompt = ""\n'
-        "[rollout]\nnum_generations = 3\nmax_new_tokens = 4\n[lora]\nrank = 4\n[grpo]\nkl_coef = 0.1\n"
+        f"[rollout]\nnum_generations = 3\nmax_new_tokens = 4\n[lora]\nrank = {rank}\n[grpo]\nkl_coef = 0.1\n"
     )
     code, out, _ = kitae("trace", "run.toml", "--json", "trace.json")
     assert code == 0

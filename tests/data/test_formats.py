@@ -77,6 +77,12 @@ def turns(*pairs):
             "12",
         ),
         ({"question": "q", "answer": "#### 12"}, [(U, "q"), (A, "#### 12")], "12"),
+        (  # a heading of Markdown is no final answer
+            {"question": "q", "answer": "So:\n#### Steps\nfirst\nthen"},
+            [(U, "q"), (A, "So:\n#### Steps\nfirst\nthen")],
+            "So:\n#### Steps\nfirst\nthen",
+        ),
+        ({"prompt": "q", "solution": "#### a\nb"}, [(U, "q"), (A, "#### a\nb")], None),
         (
             {"prompt": [{"role": U, "content": "q"}], "completion": [{"role": A, "content": "a"}]},
             [(U, "q"), (A, "a")],

@@ -200,6 +200,14 @@ def test_a_json_array_names_the_line_of_each_record(tmp_path):
     assert problems_of(path)[1] == "a.json:3: empty content (prompt)"
 
 
+def test_all_bad_records_of_a_json_array_are_listed_and_can_be_skipped(tmp_path):
+    good = json.dumps(ROW)
+    bad = ['{"prompt": 1e999}', '{"prompt": "a", "prompt": "b"}', f'{{"prompt": {"9" * 5000}}}']
+    path = written(tmp_path / "a.json", "[" + ",\n".join([bad[0], good, bad[1], bad[2], good]) + "]")
+    assert [line.partition(": ")[0] for line in problems_of(path)[1:]] == ["a.json:1", "a.json:3", "a.json:4"]
+    assert len(opened(path, SKIP)) == 2
+
+
 def test_a_json_file_with_one_record_a_line_is_read_as_such(tmp_path):
     bare = json.dumps(SEEDS[1])
     assert len(opened(written(tmp_path / "a.json", f"{bare}\n{bare}\n"))) == 2
@@ -213,7 +221,7 @@ def test_a_json_file_with_one_record_a_line_is_read_as_such(tmp_path):
         ("a.json", b'[{"prompt": "a"', "not JSON"),
         ("a.json", b'[{"prompt": "a", "answer": "1"} {"prompt"', "expected , or ]"),
         ("a.json", b'["\xff"]', "not UTF-8"),
-        ("a.json", b'[{"answer": 1e999}]', "too large"),
+        ("a.json", b'[{"answer": 1e999}]', "no rows in"),
         ("a.csv", b'prompt,completion\n"a,b\n' + b"x" * 100, "unexpected end of data"),
         ("a.csv", b"prompt,prompt\na,b\n", "two columns have the same name"),
         ("a.csv", b"prompt,completion\na,\xff\n", "not UTF-8"),

@@ -169,6 +169,17 @@ def test_nested_configs_are_cleaned_too(folder):
     assert files.read_config(folder)["text_config"] == {"list": [{"a": 1}]}
 
 
+def test_infinite_numbers_of_a_config_are_read_as_transformers_writes_them(folder):
+    rewrite(folder / "config.json", limits=[0.0, {"__float__": "Infinity"}])
+    assert files.read_config(folder)["limits"] == [0.0, float("inf")]
+
+
+def test_a_config_of_a_wrong_type_names_file_and_field(folder):
+    rewrite(folder / "config.json", hidden_size="many")
+    with pytest.raises(ModelError, match=r"config\.json is not a valid qwen3 configuration: .*hidden_size"):
+        load_policy(settings_of(folder))
+
+
 def test_an_unknown_architecture_names_the_nearest(folder):
     rewrite(folder / "config.json", model_type="qwen33")
     with pytest.raises(ModelError, match=r"model_type 'qwen33'.*did you mean 'qwen3'"):

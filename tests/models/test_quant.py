@@ -91,6 +91,12 @@ def test_a_block_scaled_fp8_checkpoint_loads_as_the_plain_weights_it_stands_for(
         assert torch.equal(saved[name], tensor), name
 
 
+def test_an_fp8_checkpoint_cannot_be_stored_in_four_bits_on_the_way(tiny, policy_of, tmp_path):
+    quantize_fp8(tiny("qwen3"), tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.quantization is nf4, but the weights of .* are stored in FP8"):
+        policy_of("qwen3", path=tmp_path, quantization="nf4", lora=LoraSettings(rank=2))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
 def test_nf4_stores_linears_in_four_bits_and_trains_an_adapter(family, tiny, policy_of):
     pytest.importorskip("bitsandbytes")
@@ -148,11 +154,18 @@ def test_nf4_without_an_adapter_cannot_train(policy_of):
         policy_of("qwen3", quantization="nf4")
 
 
-def test_weights_stored_in_another_way_are_refused(tiny, policy_of, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes 8-bit"),
+    ],
+)
+def test_weights_stored_in_another_way_are_refused(stored, told, tiny, policy_of, tmp_path):
     for file in tiny("qwen3").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = stored
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="stored as 'gptq'"):
+    with pytest.raises(ModelError, match=f"stored as '{told}'"):
         policy_of("qwen3", path=tmp_path)

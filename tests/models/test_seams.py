@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kitae.config import LoraSettings, ModelSettings, SeamSettings
+from kitae.errors import ModelError
 from kitae.models.load import load_policy
 from tests.models.conftest import (
     ALL_FAMILIES,
@@ -251,6 +252,16 @@ def test_an_untested_architecture_gives_its_own_log_probs_with_the_seams_it_bear
     with torch.no_grad():
         loss, plain = loss_of(policy.eval(), batch_of(rows)), plain_nll(model, rows)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_an_architecture_that_makes_logits_in_a_way_of_its_own_is_refused(tmp_path):
+    from transformers import FalconH1Config
+
+    config = FalconH1Config(
+        **SMALL, lm_head_multiplier=0.25, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1
+    )
+    with pytest.raises(ModelError, match="falcon_h1 models make their logits of hidden states in a way that kitae"):
+        save_untested(tmp_path, config)
 
 
 def test_a_norm_that_adds_one_to_its_weight_is_left_alone():

@@ -241,6 +241,14 @@ def test_a_notebooks_dict_maps():
     assert notes.warnings == []
 
 
+def test_data_files_of_a_command_line_are_json_text():
+    line = ["--model_name_or_path", "m", "--data_files"]
+    cfg, _ = resolve("sft", [*line, '{"train": "a.jsonl", "test": ["b.jsonl", "c.jsonl"]}'])
+    assert chosen(cfg, "data.train", "data.eval") == [["a.jsonl"], ["b.jsonl", "c.jsonl"]]
+    with pytest.raises(ConfigError, match=r"--data_files is '\{train: a\}', which is not JSON"):
+        resolve("sft", [*line, "{train: a}"])
+
+
 def test_evaluation_asked_for_without_an_interval_goes_with_the_log():
     cfg, _ = settings(
         "sft", "--model_name_or_path m --dataset_name d --eval_strategy steps --logging_steps 10"

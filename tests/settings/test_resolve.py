@@ -209,6 +209,31 @@ def test_contradictions_are_refused(flags, message):
     assert refused("sft", [*NEEDED, *flags]).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "metric", "message"),
+    [
+        ("sft", "eval/los", "save.metric is eval/los, which sft does not evaluate; did you mean 'eval/loss'?"),
+        ("grpo", "eval/loss", "save.metric is eval/loss, which grpo does not evaluate; known are: eval/accuracy,"),
+    ],
+)
+def test_a_metric_to_choose_by_that_is_never_evaluated_is_refused(recipe, metric, message):
+    flags = ["--eval.steps", "5", "--save.final", "best", "--save.metric", metric]
+    assert refused(recipe, [*NEEDED, *flags]).startswith(message)
+
+
+def test_a_split_of_files_is_refused_because_files_have_none(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    line = ["--model_name_or_path", "m", "--dataset_name", str(rows)]
+    message = refused("sft", [*line, "--dataset_test_split", "test"])
+    assert message.startswith("data.eval_split is test, but data.train is files here, which have no splits")
+    assert "data.split (--data.split) would have no effect" in refused("sft", [*line, "--data.split", "test"])
+    _, notes = resolve("sft", [*line, "--eval_file", str(rows), "--dataset_test_split", "test"])
+    assert notes.warnings == [
+        "--dataset_test_split has no effect: data.eval is files here, which have no splits"
+    ]
+
+
 def test_more_updates_than_prompts_are_refused():
     message = refused("grpo", [*NEEDED, "--rollout.updates_per_round", "9"])
     assert message.startswith("rollout.updates_per_round is 9, but a round has only 8 prompts")

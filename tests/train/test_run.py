@@ -285,7 +285,7 @@ def test_secrets_and_control_characters_do_not_reach_the_log(tmp_path: Path) -> 
     text = (tmp_path / "run" / "train.log").read_text()
     assert "hf_abc" not in text and "secret99" not in text and "abcdefgh12345" not in text
     assert "token *** and https://***@hub.example/x, Bearer ***" in text
-    assert r"\x1b[31mred\x07\nERROR forged line" in text and "\x1b" not in text
+    assert "\\x1b[31mred\\x07\n    ERROR forged line\n" in text and "\x1b" not in text
 
 
 # ------------------------------------------------------------------------------------------------ resuming
