@@ -23,6 +23,8 @@ class Backend(Protocol):
     """Name of the torch.distributed backend between such devices."""
     preference: int
     """`auto` takes the available backend with the highest."""
+    tokens_per_forward: int | None
+    """More tokens in one forward pass cost memory and win no speed; None: as many as fit."""
 
     def is_available(self) -> bool: ...
 

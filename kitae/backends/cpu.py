@@ -19,6 +19,7 @@ class CpuBackend:
     name = "cpu"
     process_group = "gloo"
     preference = 0
+    tokens_per_forward: int | None = 1024
 
     def is_available(self) -> bool:
         return True

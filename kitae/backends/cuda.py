@@ -12,6 +12,7 @@ class CudaBackend:
     name = "cuda"
     process_group = "nccl"
     preference = 10
+    tokens_per_forward: int | None = None
 
     def is_available(self) -> bool:
         return torch.cuda.is_available()

@@ -15,6 +15,7 @@ class NpuBackend:
     name = "npu"
     process_group = "hccl"
     preference = 20
+    tokens_per_forward: int | None = None
 
     def is_available(self) -> bool:
         return importlib.util.find_spec("torch_npu") is not None and bool(self._module().is_available())

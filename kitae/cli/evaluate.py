@@ -92,8 +92,12 @@ def evaluate(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
 
     Rows and results files are seen to before any weights are read.
     """
+    from kitae.evaluate.groups import require_column
+
     _require_sense(use)
     dataset = _open_rows(use)
+    if use.by is not None:
+        require_column(use.by, (example.columns for example in dataset))
     if use.perplexity:
         return _perplexity(use, dataset, say=say)
     results = _results_path(use, use.model)
@@ -168,8 +172,8 @@ def _accuracy(
         for chunk in answered:
             records += chunk
             running.update(accuracy.summarise(records))
-    summary = _report(use, name, records, accuracy.summarise, metric="accuracy", say=say)
     write_records(results, records)
+    summary = _report(use, name, records, accuracy.summarise, metric="accuracy", say=say)
     say(f"results: {results}")
     return {**summary, "results": str(results)}, records
 
@@ -232,7 +236,8 @@ def _report(
             say(f"  {use.by} {value:<{width}}  {_line(group)}")
         widest = gap(groups, metric)
         if widest is not None:
-            say(f"  gap in {metric}: {widest.gap:.4g}, {widest.lowest} to {widest.highest}")
+            between = f", {widest.lowest} to {widest.highest}" if widest.gap else ""
+            say(f"  gap in {metric}: {widest.gap:.4g}{between}")
         summary |= {"by": use.by, "groups": groups, "gap": widest._asdict() if widest else None}
     return summary
 
@@ -267,9 +272,7 @@ class _Running:
 
     def update(self, summary: dict[str, float]) -> None:
         """Show the accuracy on what is judged so far."""
-        self._text = (
-            f"{self._name}: {summary['problems']:.0f} of {self._total}, accuracy {summary.get('accuracy', 0.0):.3f}"
-        )
+        self._text = f"{self._name}: {summary['problems']:.0f} of {self._total}, accuracy {summary.get('accuracy', 0.0):.3f}"
         is_last = summary["problems"] >= self._total
         self._print(self._text, end="" if self._is_terminal and not is_last else "\n")
 

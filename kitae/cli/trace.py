@@ -171,6 +171,7 @@ class _Trace:
     def _prepare_grpo(self, example: Example, template: Template, learner: Learner) -> Prepared:
         """Sample and judge a group, as in the run's first round."""
         from kitae.algos import advantages, averaging, losses
+        from kitae.data.collate import collate
         from kitae.recipes._sampling import Judge, Reference, Sampler, rewards_of
         from kitae.recipes.grpo import to_rows
         from kitae.rewards.pool import RewardPool
@@ -214,7 +215,8 @@ class _Trace:
         if cfg.grpo.kl_coef:
             # Before the first step a full model is its own reference.
             scorer = learner if learner.policy.peft is None else learner.without_adapter()
-            reference = Reference(scorer, rows_per_forward=cfg.rollout.rows_per_forward)
+            lay_out = partial(collate, rows_per_forward=cfg.rollout.rows_per_forward)
+            reference = Reference(scorer, collate=lay_out)
             rows = reference.annotate(rows, temperature=temperature)
         weighed, denominator = averaging.weigh(
             rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens

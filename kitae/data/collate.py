@@ -61,17 +61,31 @@ class _Layout:
 
 
 def collate(
-    rows: Sequence[Row], *, rows_per_forward: int, share_prompts: bool = True, temperature: float = 1.0
+    rows: Sequence[Row],
+    *,
+    rows_per_forward: int,
+    max_tokens: int | None = None,
+    share_prompts: bool = True,
+    temperature: float = 1.0,
 ) -> list[Batch]:
-    """Lay rows out as batches of at most `rows_per_forward` rows each, one forward pass a batch.
+    """Lay rows out as batches, one forward pass each.
 
+    A batch has at most rows_per_forward rows, and no more than max_tokens tokens unless one row alone has more.
     Every row needs its loss_mask, streams and kept_ids as long as its tokens, at least one taught token beyond
     position 0, and the same streams as its neighbours; anything else is a mistake of the caller.
     """
-    return [
-        _batch(rows[i : i + rows_per_forward], share_prompts=share_prompts, temperature=temperature)
-        for i in range(0, len(rows), rows_per_forward)
-    ]
+    batches, part, size = [], list[Row](), 0
+    for row in rows:
+        shared = row.prompt_length if share_prompts and part and _same_prompt(part[-1], row) else 0
+        is_full = len(part) == rows_per_forward
+        if part and (is_full or (max_tokens is not None and size + len(row.token_ids) - shared > max_tokens)):
+            batches.append(_batch(part, share_prompts=share_prompts, temperature=temperature))
+            part, size, shared = [], 0, 0
+        part.append(row)
+        size += len(row.token_ids) - shared
+    if part:
+        batches.append(_batch(part, share_prompts=share_prompts, temperature=temperature))
+    return batches
 
 
 def with_stream(

@@ -302,9 +302,9 @@ def _with_target(
         raise RowError(
             "data.target is think_answer, but the row has an answer only, no solution to think with"
         )
-    worked, final = _after_mark(solution)
+    before, final = _after_mark(solution)
     if final == answer:
-        solution = worked.rstrip()
+        solution = before.rstrip()
     text = f"<think>{solution}</think><answer>{answer}</answer>"
     return [*messages[:-1], {**last, "content": text}]
 

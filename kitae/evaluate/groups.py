@@ -27,15 +27,20 @@ def by_column(
     summarise: Callable[[Iterable[AnyRecord]], dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """One summary for each value of the column, in the values' order; rows without it are the group "(none)"."""
+    records = list(records)
+    require_column(column, (record["columns"] for record in records))
     groups: dict[str, list[AnyRecord]] = {}
-    names: set[str] = set()
     for record in records:
-        names.update(record["columns"])
         groups.setdefault(str(record["columns"].get(column, "(none)")), []).append(record)
+    return {value: summarise(groups[value]) for value in sorted(groups)}
+
+
+def require_column(column: str, columns: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a column that none of the rows has; `columns` are those of each row."""
+    names = {name for row in columns for name in row}
     if column not in names:
         known = did_you_mean(column, sorted(names)) if names else "the rows have no other columns"
         raise DataError(f"no row has a column {column!r} to report by; {known}")
-    return {value: summarise(groups[value]) for value in sorted(groups)}
 
 
 def gap(groups: Mapping[str, Mapping[str, float]], metric: str) -> Gap | None:

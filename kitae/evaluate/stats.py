@@ -22,7 +22,10 @@ def wilson(successes: float, trials: int, *, z: float = Z95) -> tuple[float, flo
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     middle = share + z * z / (2 * trials)
     scale = 1 + z * z / trials
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+    # The ends are exact where rounding would leave 1e-17.
+    low = (middle - spread) / scale if share > 0 else 0.0
+    high = (middle + spread) / scale if share < 1 else 1.0
+    return low, high
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -14,8 +14,10 @@ from kitae.models.lora import Targets, find_targets, unquantized
 GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 1 / 256
 """Bytes per weight in NF4: 4 bits, a scale of 8 bits per 64 weights, and the scale's own scales."""
-TRAINING_BYTES = 16
-"""Per trained weight beyond the computed copy: float32 master, gradient, and AdamW's two moments."""
+MASTER_BYTES = 8
+"""Per trained weight beyond the computed copy: float32 master and gradient."""
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0}
+"""Per trained weight, by optim.name; adafactor's row and column means do not count."""
 SUGGESTED_RANK = 16
 RESERVE = 0.05
 """Share of the machine's memory left to activations, logits and everything else."""
@@ -23,7 +25,7 @@ RESERVE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a model needs on one device, activations aside."""
+    """What a model needs on the device of one rank, activations aside."""
 
     parameters: int
     trainable: int
@@ -45,6 +47,9 @@ class Plan:
     target_modules: list[str] | str = "all-linear"
     nf4: bool = False
     trainable: bool = True
+    optimizer: str = "adamw"
+    ranks: int = 1
+    """Ranks the model is sharded over; while it is loaded, each holds all of it."""
 
 
 def build_on_meta(config: Any) -> Any:
@@ -70,8 +75,14 @@ def estimate(meta_model: Any, plan: Plan) -> Estimate:
         targets = find_targets(meta_model, plan.target_modules)
         trained = adapter_size(meta_model, targets, plan.lora_rank)
         weights += trained * element
-    # In float32 the trained weights are the masters themselves.
-    training = trained * (TRAINING_BYTES - (4 if plan.dtype == torch.float32 else 0))
+    # In float32, and in shards, the trained weights are the masters themselves.
+    is_sharded = plan.ranks > 1 and trained == total
+    if is_sharded:
+        weights = total * 4
+    is_master = is_sharded or plan.dtype == torch.float32
+    training = trained * (MASTER_BYTES - 4 * is_master + MOMENT_BYTES[plan.optimizer])
+    if is_sharded:
+        training //= plan.ranks
     return Estimate(parameters=total, trainable=trained, weight_bytes=int(weights), training_bytes=training)
 
 

@@ -151,7 +151,8 @@ class _Chunked(torch.autograd.Function):
         coefficients_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         n = len(hidden_NH)
-        logprobs_N, lse_N, entropy_N = torch.zeros(3, n, device=hidden_NH.device).unbind(0)
+        # Three tensors and not views of one: FSDP warns of outputs that are views.
+        logprobs_N, lse_N, entropy_N = (torch.zeros(n, device=hidden_NH.device) for _ in range(3))
         eager = None
         if coefficients_N is not None and any(ctx.needs_input_grad[:3]):
             eager = _Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
@@ -166,10 +167,9 @@ class _Chunked(torch.autograd.Function):
                 entropy_C = lse_C1[:, 0] - ((logits_CV - lse_C1).exp() * logits_CV).sum(-1)
                 entropy_N[start:stop] = entropy_C[: stop - start]
             if eager is not None and coefficients_N is not None:
-                _to_gradient_(
-                    logits_CV, targets_C1, lse_C1, _padded(coefficients_N, start, stop, task.rows)[:, None]
-                )
-                eager.add(start, stop, logits_CV.div_(task.temperature), hidden_CH, weight_VH)
+                grad_C1 = _padded(coefficients_N, start, stop, task.rows)[:, None] / task.temperature
+                _to_gradient_(logits_CV, targets_C1, lse_C1, grad_C1)
+                eager.add(start, stop, logits_CV, hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, lse_N, entropy_N)
         ctx.task, ctx.coefficients_N, ctx.eager = task, coefficients_N, eager
         ctx.main_grads = [getattr(p, "main_grad", None) for p in (weight_VH, bias_V)]
@@ -201,10 +201,11 @@ class _Chunked(torch.autograd.Function):
             if grad_entropy_N is not None:  # d entropy / d logit = -p (log p + entropy)
                 logp_CV = logits_CV - lse_C1
                 extra_CV = -column(grad_entropy_N) * logp_CV.exp() * (logp_CV + column(entropy_N))
-            _to_gradient_(logits_CV, column(task.targets_N), lse_C1, column(grad_logprobs_N))
+            grad_C1 = column(grad_logprobs_N) / task.temperature
+            _to_gradient_(logits_CV, column(task.targets_N), lse_C1, grad_C1)
             if extra_CV is not None:
-                logits_CV.add_(extra_CV)
-            grads.add(start, stop, logits_CV.div_(task.temperature), hidden_CH, weight_VH)
+                logits_CV.add_(extra_CV, alpha=1 / task.temperature)
+            grads.add(start, stop, logits_CV, hidden_CH, weight_VH)
         return *_hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
 
 

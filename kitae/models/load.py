@@ -61,14 +61,22 @@ def load_tokenizer(model: ModelSettings) -> Any:
     return tokenizer
 
 
-def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, trainable: bool = True) -> Policy:
+def load_policy(
+    model: ModelSettings,
+    *,
+    lora: LoraSettings | None = None,
+    trainable: bool = True,
+    optimizer: str = "adamw",
+    ranks: int = 1,
+) -> Policy:
     """Load a model with its seams, and with its adapter where it has one or `lora` asks for one.
 
-    `trainable` False freezes everything: for sampling, evaluation, or a reference.
+    `trainable` False freezes everything: for sampling, evaluation, or a reference. `optimizer` (optim.name) and the
+    number of ranks that share the work only matter to the memory estimate.
     """
     rank = lora.rank if lora is not None and trainable else 0
     found = files.find_model(model.name_or_path, revision=model.revision, with_code=model.trust_remote_code)
-    _check_adapter(found, rank=rank, trainable=trainable)
+    _check_adapter(found, (lora or LoraSettings()) if trainable else None)
     config = _load_config(found.folder, trust_remote_code=model.trust_remote_code)
     stored = _stored_quantization(config)
     if model.quantization == "nf4" and trainable and not rank:
@@ -97,11 +105,15 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
         target_modules=targets,
         nf4=model.quantization == "nf4" or stored == "bitsandbytes",
         trainable=trainable,
+        optimizer=optimizer,
+        ranks=ranks,
     )
     meta = None
     if not model.trust_remote_code:
         meta = estimate.build_on_meta(config)
         free, total = backends.of(device).memory(device)
+        if device.type == "cpu":  # ranks of one machine share it
+            free, total = free // ranks, total // ranks
         need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
         log.info(
             "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
@@ -125,9 +137,6 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
         causal_lm.requires_grad_(False)
     if model.gradient_checkpointing:
         _checkpoint_gradients(causal_lm)
-    if model.torch_compile:
-        for layer in causal_lm.get_decoder().layers:
-            layer.compile()
     policy = Policy(
         causal_lm,
         dtype=dtype,
@@ -137,18 +146,26 @@ def load_policy(model: ModelSettings, *, lora: LoraSettings | None = None, train
         reference_adapter=reference,
         base_name=found.name,
     )
+    if model.torch_compile:
+        for layer in policy.layers:
+            layer.compile()
     return policy.train(trainable)
 
 
-def _check_adapter(found: files.ModelFiles, *, rank: int, trainable: bool) -> None:
-    if found.adapter is None or not trainable:
+def _check_adapter(found: files.ModelFiles, wanted: LoraSettings | None) -> None:
+    """An adapter that goes on training stays what it is: another rank is refused, other settings are named."""
+    if found.adapter is None or wanted is None:
         return
-    own = files.read_json(found.adapter / "adapter_config.json").get("r")
-    if rank != own:
+    own = files.read_json(found.adapter / "adapter_config.json")
+    if wanted.rank != own.get("r"):
         raise ConfigError(
-            f"lora.rank is {rank}, but the adapter in {found.adapter} has rank {own}; set lora.rank = {own} to go on "
-            "training it"
+            f"lora.rank is {wanted.rank}, but the adapter in {found.adapter} has rank {own.get('r')}; set lora.rank = "
+            f"{own.get('r')} to go on training it"
         )
+    ours = {"alpha": "lora_alpha", "dropout": "lora_dropout", "bias": "bias", "use_rslora": "use_rslora"}
+    kept = [f"{name} {own[k]}" for name, k in ours.items() if k in own and own[k] != getattr(wanted, name)]
+    if kept:
+        log.warning("the adapter in %s goes on as it was made, with %s", found.adapter, ", ".join(kept))
 
 
 def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:

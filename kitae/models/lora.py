@@ -62,6 +62,11 @@ def find_targets(causal_lm: Any, wanted: list[str] | str) -> Targets:
         if experts.is_plain(m)
         for parameter in ("gate_up_proj", "down_proj")
     ]
+    if not linears and not fused:
+        raise ModelError(
+            f"this {causal_lm.config.model_type} model has no linear layers, which adapters and 4-bit weights need; set "
+            "lora.rank to 0 and model.quantization to none"
+        )
     if isinstance(wanted, str):
         return Targets(linears, fused)
     chosen: set[str] = set()
@@ -210,7 +215,7 @@ def coverage(causal_lm: Any) -> Coverage:
         CoverageRow(target=kind, layers=n, adapted=adapted[kind], parameters=sizes[kind])
         for kind, n in sorted(candidates.items())
     ]
-    parameters = list(causal_lm.parameters())
+    parameters = [p for name, p in causal_lm.named_parameters() if f".{REFERENCE}." not in name]
     return Coverage(
         rows=rows,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),

@@ -58,6 +58,12 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's blocks in order, whatever the architecture calls them."""
+        decoder: nn.Module = self.causal_lm.get_decoder()
+        return next(m for m in decoder.modules() if isinstance(m, nn.ModuleList))
+
     def forward(
         self, batch: Batch, *, with_entropy: bool = False, coefficients_N: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -28,10 +28,12 @@ log = logging.getLogger(__name__)
 class Policy(Protocol):
     """What sharding asks of models.policy.Policy, which lies in a sibling layer."""
 
-    causal_lm: Any  # a transformers model, whose attributes are dynamic
-    peft: Any
+    peft: Any  # peft's wrapper, or None
     dtype: torch.dtype
     seams: SeamSettings
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -63,8 +65,7 @@ def shard(policy: Policy, world: World) -> None:
     else:
         whole = {p for p in policy.parameters() if p.requires_grad or not p.is_floating_point()}
         precision = MixedPrecisionPolicy(cast_forward_inputs=False)
-    layers: nn.ModuleList = policy.causal_lm.get_decoder().layers
-    for module in [*layers, cast(nn.Module, policy)]:
+    for module in [*policy.layers, cast(nn.Module, policy)]:
         fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
     for module in _sharded_modules(policy):
         module.set_gradient_divide_factor(1.0)

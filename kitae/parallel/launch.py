@@ -49,7 +49,7 @@ def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] =
     with tempfile.TemporaryDirectory(prefix="kitae-launch-") as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(nproc_per_node)]
         ranks: list[subprocess.Popen[bytes]] = []
-        with _passing_signals_on(ranks):
+        with _passing_signals_on(ranks) as asked:
             try:
                 for rank, log in enumerate(logs):
                     environment = _environment(rank, nproc_per_node, store=Path(folder) / "store")
@@ -61,8 +61,8 @@ def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] =
         if failed is None:
             return 0
         rank, code = failed
-        if code in STOPPED:
-            return code
+        if code in STOPPED or -code in asked:  # asked to stop: after saving, or while still starting
+            return code if code >= 0 else 128 - code
         print(f"kitae launch: rank {rank} of {nproc_per_node} failed first, {_how(code)}", file=sys.stderr)
         if rank:
             sys.stderr.write(logs[rank].read_bytes()[-SHOWN_BYTES:].decode(errors="replace"))
@@ -140,8 +140,12 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _passing_signals_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _passing_signals_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Inside it signals reach every rank; those that came are in the list."""
+    asked: list[int] = []
+
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
         _signal_all(ranks, signal.Signals(number))
 
     before = {
@@ -150,7 +154,7 @@ def _passing_signals_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[No
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

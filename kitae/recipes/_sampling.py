@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from kitae.algos.advantages import is_dead
 from kitae.config import RolloutSettings, SamplingSettings
-from kitae.data.collate import collate, empty_batch, with_stream
+from kitae.data.collate import empty_batch, with_stream
 from kitae.models.policy import Policy
 from kitae.parallel.world import World
 from kitae.rewards import reasoning
@@ -96,13 +96,14 @@ class FrozenModel:
 class Reference:
     """The frozen model that a KL term pulls towards."""
 
-    def __init__(self, scorer: Scorer, *, rows_per_forward: int) -> None:
-        self._scorer, self._rows_per_forward = scorer, rows_per_forward
+    def __init__(self, scorer: Scorer, *, collate: Callable[..., list[Batch]]) -> None:
+        """`collate(rows, temperature=...)` lays rows out as the training passes are."""
+        self._scorer, self._collate = scorer, collate
 
     def annotate(self, groups: list[list[Row]], *, temperature: float) -> list[list[Row]]:
         """The groups with a stream ref_logprobs, scored at the temperature they were sampled at."""
         rows = [row for group in groups for row in group]
-        batches = collate(rows, rows_per_forward=self._rows_per_forward, temperature=temperature)
+        batches = self._collate(rows, temperature=temperature)
         scored = iter(with_stream(rows, "ref_logprobs", batches, self._scorer.logprobs(batches)))
         return [[next(scored) for _ in group] for group in groups]
 

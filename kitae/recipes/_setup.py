@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from kitae import backends
 from kitae.algos.losses import LossFn
 from kitae.config import ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
@@ -179,6 +181,16 @@ class Setup:
         self.run.track("learner", self._learner)
         return self._learner
 
+    def collate(self, rows: Sequence[Row], *, rows_per_forward: int, temperature: float = 1.0) -> list[Batch]:
+        """Rows as forward passes: of at most this many rows, and no more tokens than the device profits from."""
+        device = backends.of(self.world.device)
+        return collate(
+            rows,
+            rows_per_forward=rows_per_forward,
+            max_tokens=device.tokens_per_forward,
+            temperature=temperature,
+        )
+
     def update(
         self, learner: Learner, batches: Sequence[Batch], loss_fn: LossFn, *, denominator: float
     ) -> dict[str, float]:
@@ -212,11 +224,12 @@ class Setup:
 
     def reference(self, learner: Learner, *, rows_per_forward: int) -> Reference:
         """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy."""
+        lay_out = partial(self.collate, rows_per_forward=rows_per_forward)
         if learner.policy.peft is not None:
-            return Reference(learner.without_adapter(), rows_per_forward=rows_per_forward)
+            return Reference(learner.without_adapter(), collate=lay_out)
         frozen = load_policy(self._model, trainable=False)
         fsdp.shard(frozen, self.world)
-        return Reference(FrozenModel(frozen, world=self.world), rows_per_forward=rows_per_forward)
+        return Reference(FrozenModel(frozen, world=self.world), collate=lay_out)
 
     # sampling and judging -------------------------------------------------------------------------------------
 
@@ -245,7 +258,7 @@ class Setup:
         mine = [row for item in rows[self.world.rank :: self.world.world_size] for row in item]
 
         def evaluate() -> dict[str, float]:
-            batches = collate(mine, rows_per_forward=self.cfg.eval.batch_size)
+            batches = self.collate(mine, rows_per_forward=self.cfg.eval.batch_size)
             sums = torch.zeros(2, dtype=torch.float64)
             for logprobs_N in learner.logprobs(batches):
                 sums += torch.tensor([-logprobs_N.double().sum(), len(logprobs_N)], dtype=torch.float64)

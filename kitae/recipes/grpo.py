@@ -76,7 +76,6 @@ class Settings(Section):
 def train(cfg: Settings, setup: Setup) -> None:
     """Alternate rounds of sampling with `updates_per_round x epochs_per_round` optimizer steps on each."""
     from kitae.algos import advantages, averaging, losses
-    from kitae.data.collate import collate
     from kitae.recipes._sampling import rewards_of
     from kitae.train.buffer import RolloutBuffer
 
@@ -128,7 +127,7 @@ def train(cfg: Settings, setup: Setup) -> None:
             buffer.take(), cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
         )
         teaching = [row for row in weighed if teaches(row, has_reference=reference is not None)]
-        batches = collate(teaching, rows_per_forward=rows_per_forward, temperature=buffer.temperature)
+        batches = setup.collate(teaching, rows_per_forward=rows_per_forward, temperature=buffer.temperature)
 
         # 6. Gradient, then update.
         with setup.timer("update"):

@@ -47,7 +47,6 @@ class Settings(Section):
 def train(cfg: Settings, setup: Setup) -> None:
     """Train on rendered rows; the step's result depends on rows per step, not on how they are cut into passes."""
     from kitae.algos import averaging, losses
-    from kitae.data.collate import collate
 
     rows, held_out = setup.rendered_rows(max_length=cfg.data.max_length)
     rows_per_forward = cfg.train.per_device_train_batch_size
@@ -62,7 +61,7 @@ def train(cfg: Settings, setup: Setup) -> None:
 
         # 2. One denominator for the whole step, whatever the forward passes and ranks.
         weighed, denominator = averaging.weigh(taken, cfg.train.average)
-        batches = collate(weighed, rows_per_forward=rows_per_forward)
+        batches = setup.collate(weighed, rows_per_forward=rows_per_forward)
 
         # 3. Gradient, then update.
         metrics = setup.update(learner, batches, losses.cross_entropy, denominator=denominator)

@@ -46,7 +46,8 @@ class Record:
         }
         with disk_errors(folder):
             (folder / "exit.json").unlink(missing_ok=True)
-            write_json(folder / "run.json", self._run)
+            if not described:  # a resume may still be refused; until then run.json is that of the run so far
+                write_json(folder / "run.json", self._run)
         self._events = JsonLines(folder / "events.jsonl")
         self._samples = JsonLines(folder / "samples.jsonl")
         self.metrics = open_metrics(

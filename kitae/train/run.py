@@ -204,7 +204,7 @@ class Run:
     def identify(self, **facts: str | int | float | None) -> None:
         """Facts that must be equal when the run is resumed, such as data_hash and the template's fingerprint."""
         self._facts |= facts
-        if self._record is not None:
+        if self._record is not None and not self._resume:  # else after the comparison, see _steps
             self._record.describe(machine=machine(self.world), facts=self._facts)
 
     def track(self, name: str, part: Part) -> None:

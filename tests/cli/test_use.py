@@ -137,7 +137,7 @@ def test_chat_keeps_history_by_the_template_and_caps_at_the_context(files, tiny)
 
 def test_chat_wants_room_for_an_answer(kitae, tiny):
     code, _, err = kitae("chat", tiny(), "--max_new_tokens", 0)
-    assert code == 2 and "max_new_tokens is 0" in err
+    assert code == 2 and "max_new_tokens is '0'" in err
 
 
 def test_evaluate_reports_intervals_groups_and_results(kitae, files, tiny):
@@ -161,6 +161,8 @@ def test_evaluate_reports_intervals_groups_and_results(kitae, files, tiny):
 
 def test_evaluate_reads_rows_and_looks_at_its_results_files_before_the_weights(kitae, files, tiny):
     absent = "absent/model"
+    by = kitae("evaluate", absent, "--dataset_name", "rl.jsonl", "--by", "levle")[2]
+    assert "no row has a column 'levle' to report by; did you mean 'level'?" in by
     assert "nowhere.jsonl" in kitae("evaluate", absent, "--dataset_name", "nowhere.jsonl")[2]
     (files / "r-baseline.jsonl").write_text("")
     flags = ["--dataset_name", "rl.jsonl", "--baseline", absent, "--results", "r.jsonl"]

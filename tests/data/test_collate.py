@@ -74,6 +74,20 @@ def test_every_prediction_sees_exactly_its_own_row(groups, share, rows_per_forwa
         assert batch.rows == part
 
 
+@settings(max_examples=100, deadline=None)
+@given(groups=groups, share=st.booleans(), max_tokens=st.integers(1, 40))
+def test_a_token_limit_cuts_passes_and_loses_nothing(groups, share, max_tokens):
+    rows = [make_row(p + c, len(p)) for p, cs in groups for c in cs]
+    batches = collate(rows, rows_per_forward=99, max_tokens=max_tokens, share_prompts=share)
+    assert [row for batch in batches for row in batch.rows] == rows
+    for batch in batches:
+        assert batch.packing.num_real_tokens <= max_tokens or batch.num_rows == 1
+        assert predictions(batch) == slow_predictions(batch.rows)
+    for first, second in zip(batches, batches[1:], strict=False):
+        (together,) = collate([*first.rows, second.rows[0]], rows_per_forward=99, share_prompts=share)
+        assert together.packing.num_real_tokens > max_tokens, "one more row would have fitted"
+
+
 def test_a_shared_prompt_is_laid_once():
     rows = [make_row([1, 2, 3, c], 3) for c in range(4, 9)]
     (batch,) = collate(rows, rows_per_forward=8)

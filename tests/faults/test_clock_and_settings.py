@@ -78,16 +78,22 @@ CHANGES = [
 ]
 
 
+def kept_by(folder: Path) -> list[tuple[str, bytes]]:
+    """Checkpoints and settings of a run."""
+    files = [*folder.glob("checkpoints/*/*"), folder / "run.json"]
+    return sorted((path.name, path.read_bytes()) for path in files)
+
+
 @pytest.mark.parametrize(("change", "text"), CHANGES, ids=[text for _, text in CHANGES])
 def test_a_resume_with_another_setting_is_refused_by_name(
     server: Server, interrupted: Path, change: dict, text: str
 ) -> None:
     options = {"config": BASE, **OPTIONS, **change}
-    before = sorted((p.name, p.read_bytes()) for p in interrupted.glob("checkpoints/*/*"))
+    before = kept_by(interrupted)
     life = server.run(interrupted, resume=True, **options)
     assert life.code == 2
     assert f"(then -> now: {text}" in life.text() and "--allow_inexact" in life.text()
-    assert sorted((p.name, p.read_bytes()) for p in interrupted.glob("checkpoints/*/*")) == before
+    assert kept_by(interrupted) == before
 
 
 def test_where_and_what_is_written_may_change(server: Server, interrupted: Path, tmp_path: Path) -> None:

@@ -23,6 +23,21 @@ def test_the_estimate_counts_what_a_loaded_policy_holds(family, rank, policy_of)
     assert found.training_bytes == 12 * trained
 
 
+def test_ranks_share_what_training_takes_and_optimizers_differ():
+    meta = build_on_meta(make_config("qwen3", vocab_size=112))
+    n = sum(p.numel() for p in meta.parameters())
+
+    def bytes_of(**plan) -> tuple[int, int]:
+        found = estimate(meta, Plan(dtype=torch.bfloat16, **plan))
+        return found.weight_bytes, found.training_bytes
+
+    assert bytes_of() == (2 * n, 16 * n)
+    assert bytes_of(optimizer="adamw_8bit") == (2 * n, 10 * n)
+    assert bytes_of(optimizer="adafactor") == (2 * n, 8 * n)
+    # Shards are float32 masters; before it is cut, every rank holds the whole model as such.
+    assert bytes_of(ranks=4) == (4 * n, 12 * n // 4)
+
+
 def advice(free: int, **plan) -> str:
     meta = build_on_meta(make_config("qwen3", vocab_size=112, hidden_size=512, intermediate_size=1024))
     with pytest.raises(PlanError) as error:

@@ -119,6 +119,17 @@ def test_a_target_that_adapts_nothing_is_refused_with_the_nearest_name(policy_of
         policy_of("qwen3", lora=LoraSettings(rank=2, target_modules=["v_proj", "q_porj"]))
 
 
+def test_a_model_without_linear_layers_is_refused(tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    config = GPT2Config(vocab_size=112, n_embd=64, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    settings = ModelSettings(name_or_path=str(tmp_path), device="cpu", dtype="float32")
+    with pytest.raises(ModelError, match=r"this gpt2 model has no linear layers, .*; set lora\.rank to 0"):
+        load_policy(settings, lora=LoraSettings(rank=2))
+    assert len(load_policy(settings).layers) == 2
+
+
 def test_half_of_a_fused_tensor_is_refused(policy_of):
     with pytest.raises(ModelError, match="name both"):
         policy_of("deepseek_v3", lora=LoraSettings(rank=2, target_modules=["gate_proj"]))
@@ -168,6 +179,7 @@ def test_an_adapter_goes_on_training_with_a_frozen_copy_as_its_reference(family,
     save_policy(first, tmp_path)
     second = policy_of(family, lora=LORA, path=tmp_path)
     assert {n for n, _ in second.named_trainable()} == {n for n, _ in first.named_trainable()}
+    assert coverage(second.causal_lm) == coverage(first.causal_lm)
     with torch.no_grad():
         start = loss_of(second)
         assert start.item() == loss_of(first).item()
@@ -190,6 +202,14 @@ def test_a_trained_adapter_loads_for_use_without_naming_its_rank(policy_of, tmp_
     assert again.named_trainable() == []
     assert not again.training
     assert loss_of(again).item() == loss_of(policy).item()
+
+
+def test_an_adapter_goes_on_with_its_own_settings_and_the_log_names_them(policy_of, tmp_path, caplog):
+    save_policy(policy_of("qwen3", lora=LORA), tmp_path)
+    wanted = LoraSettings(rank=4, alpha=64)
+    policy = load_policy(ModelSettings(name_or_path=str(tmp_path), device="cpu", dtype="float32"), lora=wanted)
+    assert f"the adapter in {tmp_path} goes on as it was made, with alpha 6.0" in caplog.text
+    assert policy.peft.peft_config["default"].lora_alpha == 6
 
 
 def test_going_on_with_another_rank_is_refused(policy_of, tmp_path):

@@ -129,6 +129,19 @@ def test_a_signal_is_passed_on_once_and_its_exit_code_comes_back(tmp_path, numbe
     assert "failed" not in shown
 
 
+def test_ranks_stopped_while_they_start_are_no_failure(tmp_path):
+    code = f"""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        open(f"{tmp_path}/ready{{rank}}", "w").close()
+        time.sleep(60)
+        """
+    process = launch_in_process(tmp_path, code, nproc=2)
+    wait_for([tmp_path / "ready0", tmp_path / "ready1"])
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=30)
+    assert (process.returncode, shown) == (130, "")
+
+
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="only Linux can tie a child's life to its parent's"
 )
