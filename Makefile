@@ -11,6 +11,7 @@ help:
 	@echo "make quickstart   install, then teach a small model to reason: about three minutes on 2 CPU cores"
 	@echo "make test         install and run the whole test suite"
 	@echo "make check        lint, types and tests"
+	@echo "make docs         write docs/settings.md and docs/flags.md anew"
 	@echo "make bench        measure against other tools on this machine (installs them)"
 
 quickstart: install
@@ -30,11 +31,11 @@ types: install-dev
 
 bench: install-dev
 	$(PIP) install -c constraints.txt -e ".[bench]"
-	$(BIN)/python benchmarks/sft.py
-	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/sft.py --json benchmarks/results-sft.json
+	$(BIN)/python benchmarks/rollout.py --json benchmarks/results-rollout.json
 
 docs: install-dev
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m kitae.cli._pages docs
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

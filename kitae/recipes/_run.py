@@ -96,6 +96,13 @@ def seed_everything(seed: int) -> None:
 
 
 def own_cores() -> int:
-    """Cores this process may use, shared fairly with the other ranks of this machine."""
+    """Cores this process may use: OMP_NUM_THREADS where it is set for a single process, else a fair share of them.
+
+    torchrun sets OMP_NUM_THREADS to 1 for every rank, whatever the machine has; with several ranks it is not asked.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    if ranks_here == 1 and wished.isdigit() and int(wished) > 0:
+        return int(wished)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, allowed // ranks_here)
