@@ -172,8 +172,8 @@ def _accuracy(
         for chunk in answered:
             records += chunk
             running.update(accuracy.summarise(records))
-    write_records(results, records)
     summary = _report(use, name, records, accuracy.summarise, metric="accuracy", say=say)
+    write_records(results, records)
     say(f"results: {results}")
     return {**summary, "results": str(results)}, records
 

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             return _unexpected(error, is_debugging=is_debugging)
-        return _say(error, f"{error.strerror}: {error.filename}", code=USER, is_debugging=is_debugging)
+        where = "" if error.filename is None else f": {error.filename}"
+        return _say(error, f"{error.strerror}{where}", code=USER, is_debugging=is_debugging)
     except Exception as error:
         return _unexpected(error, is_debugging=is_debugging)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
-from kitae.errors import DataError
+from kitae.errors import DataError, RunDirError
 
 
 class Record(TypedDict):
@@ -38,11 +38,14 @@ class Record(TypedDict):
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """One line per record; the file appears under its name when it is complete."""
     part = path.with_name(path.name + ".part")
-    # A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape.
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    part.replace(path)
+    try:
+        # A lone surrogate, which UTF-8 cannot hold, is written as its JSON escape.
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise RunDirError(f"cannot write the results to {path}: {error.strerror or error}") from error
 
 
 def read_records(path: Path) -> list[Record]:

@@ -30,6 +30,7 @@ class Policy(Protocol):
 
     peft: Any  # peft's wrapper, or None
     dtype: torch.dtype
+    float32_names: set[str]
     seams: SeamSettings
 
     @property
@@ -65,6 +66,11 @@ def shard(policy: Policy, world: World) -> None:
     else:
         whole = {p for p in policy.parameters() if p.requires_grad or not p.is_floating_point()}
         precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if policy.peft is None and policy.dtype != torch.float32:
+        # What computes in float32 whatever the rest does, such as DeepSeek-V3's router, is a group of its own.
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for name in sorted({name.rpartition(".")[0] for name in policy.float32_names}):
+            fully_shard(policy.causal_lm.get_submodule(name), mesh=mesh, mp_policy=exact)
     for module in [*policy.layers, cast(nn.Module, policy)]:
         fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
     for module in _sharded_modules(policy):
@@ -99,7 +105,10 @@ def full_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     drop_gathered(policy)
     for name, parameter in policy.named_trainable():
         tensor = parameter.detach()
-        yield name, tensor.full_tensor().to(policy.dtype) if isinstance(tensor, DTensor) else tensor
+        if isinstance(tensor, DTensor):
+            dtype = torch.float32 if name in policy.float32_names else policy.dtype
+            tensor = tensor.full_tensor().to(dtype)
+        yield name, tensor
 
 
 def _sharded_modules(policy: Policy) -> list[FSDPModule]:

@@ -50,8 +50,9 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
         ):
             if is_on:
                 yield f"{name} needs evaluation during the run; set eval.steps (and data.eval, or leave data.hold_out)"
-    if _picks_best(cfg) and cfg.save.metric not in (reported := EVALUATED.get(recipe, (cfg.save.metric,))):
-        yield f"save.metric is {cfg.save.metric}, which {recipe} does not evaluate; {did_you_mean(cfg.save.metric, reported)}"
+    metric, reported = cfg.save.metric, EVALUATED.get(recipe)
+    if _picks_best(cfg) and reported and metric not in reported:
+        yield f"save.metric is {metric}, which {recipe} does not evaluate; {did_you_mean(metric, reported)}"
     if cfg.data.eval_split and not cfg.data.eval and any(map(_is_here, cfg.data.train)):
         yield (
             f"data.eval_split is {cfg.data.eval_split}, but data.train is files here, which have no splits: evaluation "

@@ -59,7 +59,9 @@ def _data_files(draft: Draft) -> None:
         try:
             value = unquoted(given.value)
         except ValueError as error:
-            raise ConfigError(f"{given.origin.where} is {given.value!r}, which is not JSON: {error}") from error
+            raise ConfigError(
+                f"{given.origin.where} is {given.value!r}, which is not JSON: {error}"
+            ) from error
         if not isinstance(value, Mapping):
             draft.put("data.train", paths_of(value), given.origin)
             continue

@@ -253,6 +253,8 @@ class Run:
             began = time.monotonic()
             yield self.step + 1
             self._current.setdefault("time/step_s", time.monotonic() - began)
+            if self.step == self._first_step:  # only now the optimizer has its moments
+                checkpoint.require_space(self.output_dir, self._snapshot(), world=self.world)
             self.step += 1
             self._end_of_step(evaluate)
         self._close_progress()

@@ -49,6 +49,17 @@ def test_a_disk_too_small_is_refused_before_the_first_step(server: Server, small
     assert not (small_disk / "run" / "checkpoints").exists()
 
 
+def test_a_disk_too_small_for_the_optimizers_moments_is_refused_after_the_first_step(
+    server: Server, small_disk: Path
+) -> None:
+    fill(small_disk, leave=600_000)
+    life = server.run(small_disk / "run", **{**OPTIONS, "save": {"steps": 0}})
+    assert life.code == 2
+    assert "disk too small: need" in life.text()
+    assert not (small_disk / "run" / "checkpoints").exists()
+    assert numbers(small_disk / "run") == []
+
+
 def test_an_estimate_refuses_a_small_disk_at_once(server: Server, small_disk: Path) -> None:
     life = server.run(small_disk / "run", checkpoint_bytes=2_000_000, **OPTIONS)
     assert life.code == 2

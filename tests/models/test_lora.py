@@ -207,7 +207,9 @@ def test_a_trained_adapter_loads_for_use_without_naming_its_rank(policy_of, tmp_
 def test_an_adapter_goes_on_with_its_own_settings_and_the_log_names_them(policy_of, tmp_path, caplog):
     save_policy(policy_of("qwen3", lora=LORA), tmp_path)
     wanted = LoraSettings(rank=4, alpha=64)
-    policy = load_policy(ModelSettings(name_or_path=str(tmp_path), device="cpu", dtype="float32"), lora=wanted)
+    policy = load_policy(
+        ModelSettings(name_or_path=str(tmp_path), device="cpu", dtype="float32"), lora=wanted
+    )
     assert f"the adapter in {tmp_path} goes on as it was made, with alpha 6.0" in caplog.text
     assert policy.peft.peft_config["default"].lora_alpha == 6
 

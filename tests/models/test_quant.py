@@ -93,7 +93,9 @@ def test_a_block_scaled_fp8_checkpoint_loads_as_the_plain_weights_it_stands_for(
 
 def test_an_fp8_checkpoint_cannot_be_stored_in_four_bits_on_the_way(tiny, policy_of, tmp_path):
     quantize_fp8(tiny("qwen3"), tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.quantization is nf4, but the weights of .* are stored in FP8"):
+    with pytest.raises(
+        ConfigError, match=r"model\.quantization is nf4, but the weights of .* are stored in FP8"
+    ):
         policy_of("qwen3", path=tmp_path, quantization="nf4", lora=LoraSettings(rank=2))
 
 

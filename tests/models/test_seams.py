@@ -260,7 +260,9 @@ def test_an_architecture_that_makes_logits_in_a_way_of_its_own_is_refused(tmp_pa
     config = FalconH1Config(
         **SMALL, lm_head_multiplier=0.25, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1
     )
-    with pytest.raises(ModelError, match="falcon_h1 models make their logits of hidden states in a way that kitae"):
+    with pytest.raises(
+        ModelError, match="falcon_h1 models make their logits of hidden states in a way that kitae"
+    ):
         save_untested(tmp_path, config)
 
 

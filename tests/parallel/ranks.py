@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "idle_rank": {"model": "llama", "first_rank": 9},
     "adafactor": {"model": "llama", "optimizer": "adafactor"},
     "bfloat16": {"model": "qwen3", "dtype": "bfloat16"},
+    "moe_bfloat16": {"model": "deepseek_v3", "dtype": "bfloat16"},
     "lora": {"model": "qwen3", "rank": 4},
     "lora_moe": {"model": "deepseek_v3", "rank": 4},
     "qlora": {"model": "llama", "rank": 4, "quantization": "nf4"},

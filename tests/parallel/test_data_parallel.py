@@ -32,7 +32,7 @@ def report(folder: Path, rank: int) -> dict:
     return json.loads((folder / f"report.{rank}").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in ranks.CASES if name != "bfloat16"])
+@pytest.mark.parametrize("name", [name for name in ranks.CASES if "bfloat16" not in name])
 def test_two_ranks_with_uneven_tokens_equal_one_process(two_ranks, models, name):
     metrics, expected = ranks.train(ranks.CASES[name], models, World())
     for rank in (0, 1):
@@ -48,15 +48,18 @@ def test_two_ranks_with_uneven_tokens_equal_one_process(two_ranks, models, name)
                 )
 
 
-def test_two_ranks_in_bfloat16_keep_float32_shards_and_save_bfloat16(two_ranks, models):
-    metrics, expected = ranks.train(ranks.CASES["bfloat16"], models, World())
-    theirs = report(two_ranks, 0)["metrics"]["bfloat16"]
+@pytest.mark.parametrize("name", ["bfloat16", "moe_bfloat16"])
+def test_two_ranks_in_bfloat16_keep_float32_shards_and_save_as_one_process_does(two_ranks, models, name):
+    metrics, expected = ranks.train(ranks.CASES[name], models, World())
+    theirs = report(two_ranks, 0)["metrics"][name]
     assert [m["loss"] for m in theirs] == pytest.approx([m["loss"] for m in metrics], rel=2e-3)
     assert [m["grad_norm"] for m in theirs] == pytest.approx([m["grad_norm"] for m in metrics], rel=2e-2)
-    tensors = load_file(two_ranks / "bfloat16.0")
+    tensors = load_file(two_ranks / f"{name}.0")
+    routers = [key for key in expected if key.startswith("weight.") and key.endswith("mlp.gate.weight")]
+    assert [tensors[key].dtype for key in routers] == [torch.float32] * (name == "moe_bfloat16")
     for key, value in expected.items():
         if key.startswith("weight."):
-            assert tensors[key].dtype == torch.bfloat16
+            assert tensors[key].dtype == value.dtype
             torch.testing.assert_close(tensors[key], value, rtol=0.02, atol=0.002)
         if key.startswith("gradient."):
             assert tensors[key].dtype == torch.float32

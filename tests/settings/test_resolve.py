@@ -212,8 +212,16 @@ def test_contradictions_are_refused(flags, message):
 @pytest.mark.parametrize(
     ("recipe", "metric", "message"),
     [
-        ("sft", "eval/los", "save.metric is eval/los, which sft does not evaluate; did you mean 'eval/loss'?"),
-        ("grpo", "eval/loss", "save.metric is eval/loss, which grpo does not evaluate; known are: eval/accuracy,"),
+        (
+            "sft",
+            "eval/los",
+            "save.metric is eval/los, which sft does not evaluate; did you mean 'eval/loss'?",
+        ),
+        (
+            "grpo",
+            "eval/loss",
+            "save.metric is eval/loss, which grpo does not evaluate; known are: eval/accuracy,",
+        ),
     ],
 )
 def test_a_metric_to_choose_by_that_is_never_evaluated_is_refused(recipe, metric, message):

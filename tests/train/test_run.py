@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,13 +291,11 @@ def test_secrets_and_control_characters_do_not_reach_the_log(tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    os.environ["KITAE_HOME"] = str(folder / "home")
     evals = {s: 1 / s for s in range(1, 10)}
     walk(folder / "run", total=9, every=2, evals=evals, evaluation={"steps": 4}, log={"steps": 3})
-    yield folder / "run"
-    del os.environ["KITAE_HOME"]
+    return folder / "run"
 
 
 @pytest.mark.parametrize("fails_in", range(1, 10))
