@@ -164,7 +164,8 @@ class BatchTrainSettings(TrainSettings):
     """The same, for recipes that take rows from a file."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
-    """Rows per forward pass and rank; memory grows with it, the result depends on rows per step only."""
+    """Most rows per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The result depends on rows
+    per step only."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
     average: Literal["token", "sequence"] = "token"
@@ -265,7 +266,8 @@ class RolloutSettings(Section):
     epochs_per_round: int = Field(1, ge=1)
     """Passes over a round's rollouts."""
     rows_per_forward: int = Field(64, ge=1)
-    """Completions per forward pass of the update; memory grows with it, the result does not depend on it."""
+    """Most completions per forward pass of the update; a CPU also takes no more than 1,024 tokens at once. The result does
+    not depend on it."""
     mask_truncated: bool = False
     """Take completions cut at max_new_tokens out of the loss; their reward counts in the group's mean all the same."""
 

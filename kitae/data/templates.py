@@ -88,7 +88,8 @@ def _saved(tokenizer: Any) -> dict[str, Any]:
     saved = saved_template(tokenizer.name_or_path) if tokenizer.name_or_path else None
     if saved is None:
         return {}
-    return {"system_prompt": saved["system_prompt"], "stop_ids": tuple(saved["stop_ids"])}
+    # Trained without a system prompt is a fact too: "" keeps a default from being put before what it learned.
+    return {"system_prompt": saved["system_prompt"] or "", "stop_ids": tuple(saved["stop_ids"])}
 
 
 def _from_file(path: Path) -> TemplateSource:

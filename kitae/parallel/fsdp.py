@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class Policy(Protocol):
     """What sharding asks of models.policy.Policy, which lies in a sibling layer."""
 
-    peft: Any  # peft's wrapper, or None
+    causal_lm: Any  # a transformers model, whose attributes are dynamic
+    peft: Any
     dtype: torch.dtype
     float32_names: set[str]
     seams: SeamSettings

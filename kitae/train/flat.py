@@ -104,7 +104,8 @@ def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tens
 
 def _move_gradient(parameter: Tensor) -> None:
     """Add a backward's low-precision gradient to the float32 one, and free it."""
-    assert parameter.grad is not None
+    if parameter.grad is None:  # the head's and the experts' backward added it to main_grad already
+        return
     parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None
 

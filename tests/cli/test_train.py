@@ -26,6 +26,27 @@ def test_a_guides_lines_run_in_sequence(kitae, files, tiny):
     assert (files / "output/grpo/model.safetensors").is_file()
 
 
+def test_grpo_after_sft_on_worked_solutions_starts_in_the_right_form(kitae, files, tiny):
+    rows = [{"problem": f"{i}+{i}?", "level": "Level 1", "solution": f"it is \\boxed{{{2 * i}}}"} for i in range(12)]
+    (files / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = kitae(
+        "train", "sft", "--model_name_or_path", tiny(), "--dataset_name", "math.jsonl", "--output_dir", "./output/sft",
+        "--max_steps", 120, "--per_device_train_batch_size", 6, "--gradient_accumulation_steps", 2, "--learning_rate",
+        "5e-3", "--warmup_steps", 10, "--logging_steps", 10, "--save_steps", 500, "--report_to", "none",
+    )  # fmt: skip
+    assert code == 0, err
+    code, _, err = kitae(
+        "train", "grpo", "--model_name_or_path", "./output/sft", "--dataset_name", "math.jsonl", "--output_dir",
+        "./output/grpo", "--max_steps", 1, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 8,
+        "--num_generations", 8, "--inference_batch_size", 4, "--logits_forward_batch_size", 1,
+        "--initial_temperature", "1.0", "--final_temperature", "0.1", "--learning_rate", "1e-6",
+        "--max_completion_length", 40, "--report_to", "none",
+    )  # fmt: skip
+    assert code == 0, err
+    [first] = [json.loads(line) for line in (files / "output/grpo/metrics.jsonl").read_text().splitlines()]
+    assert first["rollout/format_rate"] > 0.5
+
+
 def test_python_trains_with_flat_names_and_returns_the_folder(files, tiny):
     folder = package.train(
         "sft",

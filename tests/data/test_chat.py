@@ -433,5 +433,15 @@ def test_a_saved_template_is_found_beside_the_tokenizer(tmp_path):
         Template.load(tokenizer, data=DataSettings())
 
 
+def test_a_model_trained_without_a_system_prompt_is_given_none_by_default(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    toy().save(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    again = Template.load(tokenizer, data=DataSettings(), default_system_prompt="the form instruction")
+    assert again.system_prompt is None
+    assert Template.load(tokenizer, data=DataSettings(system_prompt="Else.")).system_prompt == "Else."
+
+
 def test_a_folder_without_a_saved_template_differs_in_nothing(tmp_path):
     assert toy().differences(tmp_path) == []
