@@ -85,12 +85,14 @@ class Mixture(Sequence[Item], Generic[Item]):
         return order  # type: ignore[no-any-return]
 
 
-def hold_out(dataset: Dataset, *, share: float, seed: int) -> tuple[Subset[Example], Subset[Example]]:
-    """Training and held-out rows: min(share, 500 rows), at least one, chosen by seed.
+def hold_out(
+    dataset: Dataset, *, share: float, seed: int, max_rows: int = MAX_HELD_OUT
+) -> tuple[Subset[Example], Subset[Example]]:
+    """Training and held-out rows: min(share, max_rows, 500 rows), at least one, chosen by seed.
 
     Rows equal to a held-out row leave the training rows too.
     """
-    count = min(int(len(dataset) * share), MAX_HELD_OUT)
+    count = min(int(len(dataset) * share), max_rows, MAX_HELD_OUT)
     if share > 0 and count == 0 and len(dataset) > 1:
         count = 1
     held = sorted(int(i) for i in shuffled(len(dataset), _HOLD_OUT, seed)[:count])

@@ -20,7 +20,8 @@ class RenderedProblems(Sequence[Problem]):
     """Item i is the i-th example whose prompt fits; longer ones are dropped and counted in num_dropped.
 
     Only numbers are kept in memory: an example is rendered again each time it is taken. Examples that the template
-    refuses are listed together in a DataError, or left out too with skip_bad.
+    refuses are listed together in a DataError, or left out too with skip_bad. `first_index` is the first example's
+    Problem.index: several sources of one run do not share numbers.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class RenderedProblems(Sequence[Problem]):
         template: Template,
         max_prompt_length: int,
         skip_bad: bool = False,
+        first_index: int = 0,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self._dataset, self._template = dataset, template
+        self._dataset, self._template, self._first_index = dataset, template, first_index
         self._fitting = array("Q")
         refused = BadRows()
         for i in range(len(dataset)):
@@ -64,4 +66,6 @@ class RenderedProblems(Sequence[Problem]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = self._fitting[index]
-        return self._template.problem(self._dataset[number], index=number, max_length=None)
+        return self._template.problem(
+            self._dataset[number], index=self._first_index + number, max_length=None
+        )

@@ -125,6 +125,21 @@ def open_dataset(
     return Dataset(store, fingerprint=whole.hexdigest(), hashes=hashes, num_skipped=bad.total)
 
 
+def first_questions(paths: Sequence[str], *, data: DataSettings, count: int) -> list[str]:
+    """The first questions that can be read, for a look at their language; bad rows are open_dataset's business."""
+    questions: list[str] = []
+    for file in expand(list(paths), split=data.split):
+        for record, _ in read_records(file.path, name=file.name):
+            if len(questions) == count:
+                return questions
+            try:
+                example = to_example(record, data=data, purpose="rl")
+            except RowError:
+                continue
+            questions.append(example.question[-1]["content"])
+    return questions
+
+
 def _as_json(value: Any) -> bytes:
     """Compact UTF-8 JSON of a row; RowError where its text is no valid text."""
     try:

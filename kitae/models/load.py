@@ -214,8 +214,10 @@ def _choose_dtype(model: ModelSettings, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, model.dtype)
         reason = f"model.dtype is {model.dtype}"
     else:
-        is_fast, reason = backends.of(device).supports("bfloat16")
-        dtype = torch.bfloat16 if is_fast else torch.float32
+        backend = backends.of(device)
+        is_fast, reason = backend.supports("bfloat16")
+        second = torch.float16 if backend.supports("float16")[0] else torch.float32
+        dtype = torch.bfloat16 if is_fast else second
     where = "model.device is auto" if model.device == "auto" else f"model.device is {model.device}"
     log.info("dtype %s (%s), device %s (%s)", str(dtype).removeprefix("torch."), reason, device, where)
     return dtype

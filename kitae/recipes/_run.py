@@ -20,7 +20,7 @@ import torch
 from kitae.config import Section, as_json
 from kitae.data.chat import Template
 from kitae.data.instructions import form_instruction
-from kitae.data.sources import open_dataset
+from kitae.data.sources import first_questions
 from kitae.models.load import load_tokenizer
 from kitae.parallel.world import World, start_world
 from kitae.recipes._setup import Setup
@@ -66,9 +66,8 @@ def run_recipe(name: str, settings: Section, *, notes: Sequence[str] = ()) -> Pa
 
 def _train(recipe: ModuleType, cfg: Any, *, run: Run, world: World) -> None:
     seed_everything(cfg.train.seed)
-    model = cfg.model.model_copy(update={"device": str(world.device)})
     template = Template.load(
-        load_tokenizer(model), data=cfg.data, default_system_prompt=default_system_prompt(cfg)
+        load_tokenizer(cfg.model), data=cfg.data, default_system_prompt=default_system_prompt(cfg)
     )
     run.identify(template=template.fingerprint)
     setup = Setup(cfg, world=world, run=run, template=template)
@@ -84,8 +83,7 @@ def default_system_prompt(cfg: Any) -> str | None:
     reward = getattr(cfg, "reward", None)
     if reward is None or reward.function != "reasoning" or cfg.data.system_prompt is not None:
         return None
-    sample = open_dataset(cfg.data.train[:1], data=cfg.data, purpose="rl", max_rows=200)
-    return form_instruction((example.question[-1]["content"] for example in sample), form=reward.form)
+    return form_instruction(first_questions(cfg.data.train, data=cfg.data, count=200), form=reward.form)
 
 
 def seed_everything(seed: int) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kitae.data.sources import Dataset, open_dataset
 from kitae.errors import NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
+from kitae.models.policy import Policy
 from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
@@ -68,6 +70,7 @@ class Setup:
         self._pools: list[RewardPool] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
+        self._has_checked_adapters = False
 
     def save_final(self, folder: Path) -> None:
         """Write the trained model, its tokenizer and template; every rank calls this, the first one writes."""
@@ -92,7 +95,11 @@ class Setup:
     def _model(self) -> ModelSettings:
         """The model's settings, on this rank's own device."""
         model: ModelSettings = self.cfg.model
-        return model.model_copy(update={"device": str(self.world.device)})
+        return (
+            model
+            if self.world.device.type == "cpu"
+            else model.model_copy(update={"device": str(self.world.device)})
+        )
 
     # data -----------------------------------------------------------------------------------------------------
 
@@ -110,16 +117,19 @@ class Setup:
     def problems(self, *, max_prompt_length: int) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
         """The same as questions to sample from; too long ones are dropped and counted."""
 
-        def render(dataset: Sequence[Any]) -> Sequence[Problem]:
+        def render(dataset: Sequence[Any], first_index: int = 0) -> Sequence[Problem]:
             return RenderedProblems(
                 dataset,
                 template=self.template,
                 max_prompt_length=max_prompt_length,
                 skip_bad=self._skips_bad_rows,
+                first_index=first_index,
             )
 
         sources, held_out = self._sources(purpose="rl")
-        return self._mixed([render(s) for s in sources]), held_out and render(held_out)
+        starts = accumulate(map(len, sources), initial=0)
+        rendered = [render(source, start) for source, start in zip(sources, starts, strict=False)]
+        return self._mixed(rendered), held_out and render(held_out)
 
     def loader(self, items: Sequence[Any], *, items_per_step: int) -> Loader[Any]:
         """Walks through items in the order of the seed, this rank's share of each step; part of every checkpoint."""
@@ -158,9 +168,10 @@ class Setup:
             split = data.eval_split or data.split
             held_out = read(data.eval or data.train, split=split, max_rows=self.cfg.eval.max_rows)
         elif self.cfg.eval.steps and data.hold_out:
-            parts = [hold_out(source, share=data.hold_out, seed=SPLIT_SEED) for source in sources]
+            most = max(1, self.cfg.eval.max_rows // len(sources))
+            parts = [hold_out(s, share=data.hold_out, seed=SPLIT_SEED, max_rows=most) for s in sources]
             sources = [kept for kept, _ in parts]
-            held_out = [example for _, held in parts for example in held][: self.cfg.eval.max_rows]
+            held_out = [example for _, held in parts for example in held]
         return sources, held_out
 
     def _mixed(self, sources: list[Sequence[Any]]) -> Sequence[Any]:
@@ -173,12 +184,20 @@ class Setup:
 
     def learner(self, *, total_steps: int) -> Learner:
         """Load the policy, spread it over the ranks, and give it an optimizer; part of every checkpoint."""
-        policy = load_policy(self._model, lora=self.cfg.lora)
+        ranks = self.world.world_size
+        policy = load_policy(self._model, lora=self.cfg.lora, optimizer=self.cfg.optim.name, ranks=ranks)
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)
         self._learner = Learner(policy, optim=self.cfg.optim, total_steps=total_steps, world=self.world)
         self.run.track("learner", self._learner)
+        if self.cfg.optim.warmup_steps >= total_steps:
+            log.warning(
+                "optim.warmup_steps is %d and the run has %d steps: the learning rate never reaches %g",
+                self.cfg.optim.warmup_steps,
+                total_steps,
+                self.cfg.optim.learning_rate,
+            )
         return self._learner
 
     def collate(self, rows: Sequence[Row], *, rows_per_forward: int, temperature: float = 1.0) -> list[Batch]:
@@ -194,20 +213,26 @@ class Setup:
     def update(
         self, learner: Learner, batches: Sequence[Batch], loss_fn: LossFn, *, denominator: float
     ) -> dict[str, float]:
-        """One optimizer step on `batches`; after the first one, name the adapters that got no gradient."""
+        """One optimizer step on `batches`; the first that moves any adapter names those it does not move."""
         metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
-        if learner.step == 0 and learner.policy.peft is not None and metrics["loss"]:
-            still = zero_gradient_adapters(learner.policy.causal_lm)
-            if still:
-                log.warning(
-                    "%d adapters got no gradient in the first step: %s", len(still), ", ".join(still[:20])
-                )
-                self.run.event("zero_gradient_adapters", names=still)
+        if learner.policy.peft is not None and not self._has_checked_adapters:
+            self._check_adapters(learner.policy)
         try:
             return metrics | learner.optim_step()
         except NonFiniteError:
             self._dump(step=learner.step, batches=batches)
             raise
+
+    def _check_adapters(self, policy: Policy) -> None:
+        """Name the adapters that no rank has a gradient for, once some have one."""
+        named = self.world.gather_json(zero_gradient_adapters(policy.causal_lm))
+        still = sorted(set(named[0]).intersection(*named[1:]))
+        self._has_checked_adapters = len(still) < sum(row.adapted for row in coverage(policy.causal_lm).rows)
+        if still and self._has_checked_adapters:
+            log.warning(
+                "%d adapters got no gradient in the first step: %s", len(still), ", ".join(still[:20])
+            )
+            self.run.event("zero_gradient_adapters", names=still)
 
     def _dump(self, *, step: int, batches: Sequence[Batch]) -> None:
         """Write the rows of a step that broke, and the random state, to nonfinite-rank<r>.json."""
@@ -227,7 +252,7 @@ class Setup:
         lay_out = partial(self.collate, rows_per_forward=rows_per_forward)
         if learner.policy.peft is not None:
             return Reference(learner.without_adapter(), collate=lay_out)
-        frozen = load_policy(self._model, trainable=False)
+        frozen = load_policy(self._model, trainable=False, ranks=self.world.world_size)
         fsdp.shard(frozen, self.world)
         return Reference(FrozenModel(frozen, world=self.world), collate=lay_out)
 

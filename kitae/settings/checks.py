@@ -53,6 +53,8 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
     metric, reported = cfg.save.metric, EVALUATED.get(recipe)
     if _picks_best(cfg) and reported and metric not in reported:
         yield f"save.metric is {metric}, which {recipe} does not evaluate; {did_you_mean(metric, reported)}"
+    if (both := set(cfg.data.eval) & set(cfg.data.train)) and not cfg.data.eval_split:
+        yield f"data.eval and data.train both name {min(both)}; give other rows, or data.eval_split for a hub data set"
     if cfg.data.eval_split and not cfg.data.eval and any(map(_is_here, cfg.data.train)):
         yield (
             f"data.eval_split is {cfg.data.eval_split}, but data.train is files here, which have no splits: evaluation "

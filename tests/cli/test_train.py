@@ -27,7 +27,10 @@ def test_a_guides_lines_run_in_sequence(kitae, files, tiny):
 
 
 def test_grpo_after_sft_on_worked_solutions_starts_in_the_right_form(kitae, files, tiny):
-    rows = [{"problem": f"{i}+{i}?", "level": "Level 1", "solution": f"it is \\boxed{{{2 * i}}}"} for i in range(12)]
+    rows = [
+        {"problem": f"{i}+{i}?", "level": "Level 1", "solution": f"it is \\boxed{{{2 * i}}}"}
+        for i in range(12)
+    ]
     (files / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, err = kitae(
         "train", "sft", "--model_name_or_path", tiny(), "--dataset_name", "math.jsonl", "--output_dir", "./output/sft",
