@@ -1,7 +1,7 @@
 """Settings sections: pydantic models with a docstring under each field.
 
 One source for `--help`, the settings page, error messages and forms. A recipe composes the sections it needs
-(kitae/recipes/*.py); kitae/settings.py reads TOML, flags and the vocabularies users bring into them.
+(kitae/recipes/*.py); kitae/settings reads TOML, flags and the vocabularies users bring into them.
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@ def run_recipe(name: str, settings: Section, *, notes: Sequence[str] = ()) -> Pa
             for note in notes:
                 log.warning("%s", note)
             if run.is_finished:
-                log.info("%s is finished already; nothing to do", run.output_dir)
+                log.info(
+                    "%s is finished already; to train on, start a new run from it (model.name_or_path), or add "
+                    "--allow_inexact with more steps",
+                    run.output_dir,
+                )
                 return run.output_dir
             _train(recipe, cfg, run=run, world=world)
             return run.output_dir
@@ -70,6 +74,7 @@ def _train(recipe: ModuleType, cfg: Any, *, run: Run, world: World) -> None:
         load_tokenizer(cfg.model), data=cfg.data, default_system_prompt=default_system_prompt(cfg)
     )
     run.identify(template=template.fingerprint)
+    log.info("system prompt: %s", repr(template.system_prompt) if template.system_prompt else "none")
     setup = Setup(cfg, world=world, run=run, template=template)
     try:
         recipe.train(cfg, setup)

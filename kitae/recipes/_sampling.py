@@ -15,7 +15,7 @@ from kitae.models.policy import Policy
 from kitae.parallel.world import World
 from kitae.rewards import reasoning
 from kitae.rewards.math import final_answer, is_usable
-from kitae.rewards.pool import TIMEOUT, RewardPool
+from kitae.rewards.pool import EXHAUSTED, RewardPool
 from kitae.rollout.generic import GenericEngine
 from kitae.train.learner import Learner
 from kitae.types import Batch, Problem, Rollout, Row, Score
@@ -134,7 +134,7 @@ def summarise(groups: Groups, scores: Scores, *, world: World, is_reasoning: boo
         "right_form": sum(v >= reasoning.RIGHT_FORM for v in values),
         "right": sum(v == reasoning.RIGHT_ANSWER for v in values),
         "truncated": sum(r.finish_reason == "length" for r, _ in flat),
-        "timeouts": sum(s.reason == TIMEOUT for _, s in flat),
+        "timeouts": sum(s.reason in EXHAUSTED for _, s in flat),
         "dead": int(dead.sum()),
         "surprise": -sum(sum(r.logprobs) for r, _ in flat),
     }

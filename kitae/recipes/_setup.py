@@ -108,7 +108,11 @@ class Setup:
 
         def render(dataset: Sequence[Any]) -> Sequence[list[Row]]:
             return RenderedRows(
-                dataset, template=self.template, max_length=max_length, skip_bad=self._skips_bad_rows
+                dataset,
+                template=self.template,
+                max_length=max_length,
+                skip_bad=self._skips_bad_rows,
+                on_progress=Ticker("rows rendered", total=len(dataset)),
             )
 
         sources, held_out = self._sources(purpose="sft")
@@ -124,6 +128,7 @@ class Setup:
                 max_prompt_length=max_prompt_length,
                 skip_bad=self._skips_bad_rows,
                 first_index=first_index,
+                on_progress=Ticker("prompts rendered", total=len(dataset)),
             )
 
         sources, held_out = self._sources(purpose="rl")
@@ -157,7 +162,13 @@ class Setup:
 
         def read(paths: Sequence[str], *, split: str, max_rows: int | None) -> Dataset:
             return open_dataset(
-                paths, data=data, purpose=purpose, need_answer=need_answer, split=split, max_rows=max_rows
+                paths,
+                data=data,
+                purpose=purpose,
+                need_answer=need_answer,
+                split=split,
+                max_rows=max_rows,
+                on_progress=Ticker("rows read"),
             )
 
         groups = [[path] for path in data.train] if data.weights else [data.train]
@@ -357,6 +368,28 @@ class Setup:
                 "perf/tokens_per_s": real / elapsed,
                 "perf/padding_share": 1 - real / padded if padded else 0.0,
             }
+        )
+
+
+class Ticker:
+    """Says every ten seconds how far a long pass over the data is, and how long it will still take."""
+
+    def __init__(self, what: str, *, total: int | None = None) -> None:
+        self._what, self._total = what, total
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said < 10 or not done:
+            return
+        self._said = now
+        left = (now - self._began) / done * (self._total - done) if self._total else None
+        log.info(
+            "%d%s %s%s",
+            done,
+            f" of {self._total}" if self._total else "",
+            self._what,
+            "" if left is None else f", {left:.0f} s left",
         )
 
 

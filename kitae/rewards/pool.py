@@ -25,6 +25,8 @@ from kitae.rewards.worker import SLOT_BYTES
 from kitae.types import Problem, Score
 
 TIMEOUT = "timeout"
+EXHAUSTED = (TIMEOUT, "out of memory", "nested too deep")
+"""Reasons of scores whose judging ran into a limit of its own."""
 WALL_PER_CPU_SECOND = 5.0
 """Our own comparison is limited in CPU time, so that a busy machine changes no verdict; in wall time by this multiple."""
 START_NURSERY = (

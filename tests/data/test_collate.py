@@ -1,5 +1,7 @@
 """Packed batches say the same as rows taken one by one."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,7 +85,7 @@ def test_a_token_limit_cuts_passes_and_loses_nothing(groups, share, max_tokens):
     for batch in batches:
         assert batch.packing.num_real_tokens <= max_tokens or batch.num_rows == 1
         assert predictions(batch) == slow_predictions(batch.rows)
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in itertools.pairwise(batches):
         (together,) = collate([*first.rows, second.rows[0]], rows_per_forward=99, share_prompts=share)
         assert together.packing.num_real_tokens > max_tokens, "one more row would have fitted"
 
