@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kitae import backends
 from kitae.algos.losses import LossFn
@@ -50,6 +48,7 @@ from kitae.recipes._sampling import (
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.generic import GenericEngine
 from kitae.train.learner import Learner
+from kitae.train.progress import Ticker, as_text
 from kitae.train.run import Run
 from kitae.types import Batch, Problem, Row
 
@@ -369,33 +368,3 @@ class Setup:
                 "perf/padding_share": 1 - real / padded if padded else 0.0,
             }
         )
-
-
-class Ticker:
-    """Says every ten seconds how far a long pass over the data is, and how long it will still take."""
-
-    def __init__(self, what: str, *, total: int | None = None) -> None:
-        self._what, self._total = what, total
-        self._began = self._said = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._said < 10 or not done:
-            return
-        self._said = now
-        left = (now - self._began) / done * (self._total - done) if self._total else None
-        log.info(
-            "%d%s %s%s",
-            done,
-            f" of {self._total}" if self._total else "",
-            self._what,
-            "" if left is None else f", {left:.0f} s left",
-        )
-
-
-def as_text(table: Table) -> str:
-    """A table as lines of text, for the log."""
-    console = Console(width=110, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n" + capture.get().rstrip()

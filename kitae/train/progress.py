@@ -10,7 +10,10 @@ from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = (
@@ -135,3 +138,33 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+class Ticker:
+    """Says every ten seconds how far a long pass over the data is, and how long it will still take."""
+
+    def __init__(self, what: str, *, total: int | None = None) -> None:
+        self._what, self._total = what, total
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said < 10 or not done:
+            return
+        self._said = now
+        left = (now - self._began) / done * (self._total - done) if self._total else None
+        logger.info(
+            "%d%s %s%s",
+            done,
+            f" of {self._total}" if self._total else "",
+            self._what,
+            "" if left is None else f", {left:.0f} s left",
+        )
+
+
+def as_text(table: Table) -> str:
+    """A table as lines of text, for the log."""
+    console = Console(width=110, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n" + capture.get().rstrip()
