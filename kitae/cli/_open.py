@@ -46,7 +46,7 @@ class UseSettings(SamplingSettings):
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, where it is not the model's own."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Compute precision; auto takes bfloat16 where the device is fast in it, else float32."""
+    """Compute precision; auto takes bfloat16 where the device is fast in it, else float16 on a GPU and float32 on a CPU."""
     device: str = "auto"
     """auto, cpu, or a device of an available backend, such as cuda or npu."""
     quantization: Literal["none", "nf4"] = "none"

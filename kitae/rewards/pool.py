@@ -21,11 +21,11 @@ from typing import Any
 
 from kitae.config import RewardSettings
 from kitae.errors import ConfigError, RewardError
-from kitae.rewards.worker import SLOT_BYTES
+from kitae.rewards.worker import OUT_OF_DEPTH, OUT_OF_MEMORY, SLOT_BYTES
 from kitae.types import Problem, Score
 
 TIMEOUT = "timeout"
-EXHAUSTED = (TIMEOUT, "out of memory", "nested too deep")
+EXHAUSTED = (TIMEOUT, OUT_OF_MEMORY, OUT_OF_DEPTH)
 """Reasons of scores whose judging ran into a limit of its own."""
 WALL_PER_CPU_SECOND = 5.0
 """Our own comparison is limited in CPU time, so that a busy machine changes no verdict; in wall time by this multiple."""
