@@ -74,6 +74,8 @@ class Row:
     """Factor of every taught token of this row (see algos/averaging.py)."""
     streams: dict[str, list[float]] = field(default_factory=dict)
     """Per-token numbers a loss asks for by name, aligned to token_ids as targets."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Numbers of the whole row a loss asks for by name, such as a reference's log-prob of the completion."""
     kept_ids: list[list[int]] | None = None
     """Per token of token_ids, the ids the sampler chose from (empty list: all of them)."""
 
@@ -122,19 +124,35 @@ class Batch:
     """Which row of this batch each prediction belongs to."""
     num_rows: int
     streams: dict[str, Tensor] = field(default_factory=dict)
+    """Per prediction, [N] each."""
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    """Per row, [B] each."""
     kept_ids_N: list[list[int]] | None = None
     """Per prediction, the ids the sampler chose from; log-probs are renormalised over them."""
     temperature: float = 1.0
     """Logits are divided by it before log-probs are taken, for policy and reference alike."""
     rows: list[Row] = field(default_factory=list)
     """The rows this batch was made of, so that it can be cut in halves when memory runs out."""
+    rows_per_unit: int = 1
+    """So many consecutive rows belong together and are never cut apart: 2 for preference pairs."""
 
 
-@dataclass(slots=True, kw_only=True)
-class TokenOutputs:
-    """What a model says about each prediction that counts, in float32."""
+class TokenOutputs(NamedTuple):
+    """What a model says about each prediction that counts, in float32; fields it was not asked for are None."""
 
     logprobs_N: Tensor
+    """Log-probability of each target; empty for a model that only gives values."""
     entropy_N: Tensor | None = None
+    """Entropy of the distribution each target was predicted from."""
+    values_N: Tensor | None = None
+    """A critic's or reward model's number at each prediction."""
+    divergence_N: Tensor | None = None
+    """Divergence between the teacher's distribution and the model's at each prediction."""
     row_N: Tensor | None = None
+    """Which row of the batch each prediction belongs to."""
     num_rows: int = 0
+
+    def per_row(self, numbers_N: Tensor) -> Tensor:
+        """Sums [B] over each row's predictions."""
+        assert self.row_N is not None, "these outputs do not know their rows"
+        return numbers_N.new_zeros(self.num_rows).index_add(0, self.row_N, numbers_N)

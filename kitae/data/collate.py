@@ -67,24 +67,33 @@ def collate(
     max_tokens: int | None = None,
     share_prompts: bool = True,
     temperature: float = 1.0,
+    rows_per_unit: int = 1,
 ) -> list[Batch]:
     """Lay rows out as batches, one forward pass each.
 
-    A batch has at most rows_per_forward rows, and no more than max_tokens tokens unless one row alone has more.
-    Every row needs its loss_mask, streams and kept_ids as long as its tokens, at least one taught token beyond
-    position 0, and the same streams as its neighbours; anything else is a mistake of the caller.
+    A batch has at most rows_per_forward rows, and no more than max_tokens tokens unless one unit of rows_per_unit
+    rows, which stay together, alone has more. Every row needs its loss_mask, streams and kept_ids as long as its tokens,
+    at least one taught token beyond position 0, and the same streams and numbers as its neighbours; anything else is a
+    mistake of the caller.
     """
+    assert len(rows) % rows_per_unit == 0, f"{len(rows)} rows are no whole units of {rows_per_unit}"
     batches, part, size = [], list[Row](), 0
-    for row in rows:
-        shared = row.prompt_length if share_prompts and part and _same_prompt(part[-1], row) else 0
-        is_full = len(part) == rows_per_forward
-        if part and (is_full or (max_tokens is not None and size + len(row.token_ids) - shared > max_tokens)):
-            batches.append(_batch(part, share_prompts=share_prompts, temperature=temperature))
-            part, size, shared = [], 0, 0
-        part.append(row)
-        size += len(row.token_ids) - shared
+
+    def lay() -> None:
+        batch = _batch(part, share_prompts=share_prompts, temperature=temperature)
+        batches.append(replace(batch, rows_per_unit=rows_per_unit))
+
+    for first in range(0, len(rows), rows_per_unit):
+        unit = rows[first : first + rows_per_unit]
+        added = _tokens_added(part[-1] if part else None, unit, share_prompts=share_prompts)
+        is_full = len(part) + len(unit) > rows_per_forward
+        if part and (is_full or (max_tokens is not None and size + added > max_tokens)):
+            lay()
+            part, size, added = [], 0, _tokens_added(None, unit, share_prompts=share_prompts)
+        part.extend(unit)
+        size += added
     if part:
-        batches.append(_batch(part, share_prompts=share_prompts, temperature=temperature))
+        lay()
     return batches
 
 
@@ -136,6 +145,16 @@ def _runs_with_same_prompt(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield run
 
 
+def _tokens_added(before: Row | None, rows: Sequence[Row], *, share_prompts: bool) -> int:
+    """Packed tokens that `rows` add after a batch whose last row is `before`."""
+    added = 0
+    for row in rows:
+        is_shared = share_prompts and before is not None and _same_prompt(before, row)
+        added += len(row.token_ids) - (row.prompt_length if is_shared else 0)
+        before = row
+    return added
+
+
 def _same_prompt(a: Row, b: Row) -> bool:
     n = a.prompt_length
     longer = n < min(len(a.token_ids), len(b.token_ids))
@@ -167,6 +186,7 @@ def _tensors(layout: _Layout, rows: list[Row], *, temperature: float) -> Batch:
         row_N=torch.tensor(layout.row_of, dtype=torch.long),
         num_rows=len(rows),
         streams={k: torch.tensor(v, dtype=torch.float32) for k, v in layout.streams.items()},
+        numbers={k: torch.tensor([row.numbers[k] for row in rows]) for k in rows[0].numbers},
         kept_ids_N=layout.kept or None,
         temperature=temperature,
         rows=rows,

@@ -36,7 +36,7 @@ def scorer(policy: Policy) -> Logprobs:
     @torch.no_grad()
     def logprobs(batches: Sequence[Batch]) -> list[Tensor]:
         policy.eval()
-        return [policy(batch)[0] for batch in batches]
+        return [policy(batch).logprobs_N for batch in batches]
 
     return logprobs
 

@@ -17,7 +17,7 @@ from kitae.errors import ConfigError, ModelError
 from kitae.models import heads
 from kitae.models.families import GENERIC, Family
 from kitae.models.seams import AttentionCache, scaled_logits
-from kitae.types import Batch, Packing
+from kitae.types import Batch, Packing, TokenOutputs
 
 
 class Policy(nn.Module):
@@ -66,7 +66,7 @@ class Policy(nn.Module):
 
     def forward(
         self, batch: Batch, *, with_entropy: bool = False, coefficients_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> TokenOutputs:
         """Log-probs of batch.targets_N, and the entropies of their distributions when asked, in float32.
 
         Both are of logits over batch.temperature, renormalised over batch.kept_ids_N. `coefficients_N` is
@@ -81,9 +81,9 @@ class Policy(nn.Module):
             logprobs_N, entropy_N = heads.plain_logprobs(
                 self.logits(hidden_NH), targets_N, temperature=batch.temperature, kept=kept
             )
-            return logprobs_N, entropy_N if with_entropy else None
+            return _outputs(batch, logprobs_N, entropy_N if with_entropy else None)
         head = self.causal_lm.get_output_embeddings()
-        return heads.chunked_logprobs(
+        logprobs_N, chunked_entropy_N = heads.chunked_logprobs(
             hidden_NH,
             head.weight,
             head.bias,
@@ -93,6 +93,7 @@ class Policy(nn.Module):
             with_entropy=with_entropy,
             coefficients_N=None if coefficients_N is None else coefficients_N.to(device),
         )
+        return _outputs(batch, logprobs_N, chunked_entropy_N)
 
     def hidden(
         self,
@@ -168,3 +169,8 @@ class Policy(nn.Module):
             hidden.append(self._backbone(row_T, positions_T)[0, s.prefix_length :])
         padding = packing.num_tokens - packing.num_real_tokens
         return torch.cat([*hidden, hidden[0].new_zeros(padding, hidden[0].shape[-1])])
+
+
+def _outputs(batch: Batch, logprobs_N: Tensor, entropy_N: Tensor | None) -> TokenOutputs:
+    row_N = batch.row_N.to(logprobs_N.device)
+    return TokenOutputs(logprobs_N, entropy_N, row_N=row_N, num_rows=batch.num_rows)

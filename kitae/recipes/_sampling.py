@@ -90,7 +90,7 @@ class FrozenModel:
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Log-probabilities of each batch's predictions; ranks with fewer batches take part with empty ones."""
         missing = max(self._world.gather_json(len(batches))) - len(batches)
-        return [self._policy(b)[0] for b in [*batches, *[empty_batch()] * missing]][: len(batches)]
+        return [self._policy(b).logprobs_N for b in [*batches, *[empty_batch()] * missing]][: len(batches)]
 
 
 class Reference:

@@ -29,6 +29,7 @@ from kitae.data.problems import RenderedProblems
 from kitae.data.rendered import RenderedRows
 from kitae.data.sources import Dataset, open_dataset
 from kitae.errors import NonFiniteError
+from kitae.models.estimate import MOMENT_BYTES
 from kitae.models.load import load_policy
 from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
 from kitae.models.policy import Policy
@@ -105,9 +106,10 @@ class Setup:
     def rendered_rows(self, *, max_length: int) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
         """Training and evaluation rows (None where none were asked for), rendered once and kept on disk."""
 
-        def render(dataset: Sequence[Any]) -> Sequence[list[Row]]:
+        def render(dataset: Sequence[Any], use: str = "training") -> Sequence[list[Row]]:
             return RenderedRows(
                 dataset,
+                use=use,
                 template=self.template,
                 max_length=max_length,
                 skip_bad=self._skips_bad_rows,
@@ -115,7 +117,7 @@ class Setup:
             )
 
         sources, held_out = self._sources(purpose="sft")
-        return self._mixed([render(s) for s in sources]), held_out and render(held_out)
+        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
 
     def problems(self, *, max_prompt_length: int) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
         """The same as questions to sample from; too long ones are dropped and counted."""
@@ -200,7 +202,8 @@ class Setup:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)
         self._learner = Learner(policy, optim=self.cfg.optim, total_steps=total_steps, world=self.world)
-        self.run.track("learner", self._learner)
+        moments = MOMENT_BYTES[self.cfg.optim.name] * self._learner.flat.grad.numel()
+        self.run.track("learner", self._learner, grows_by=moments)
         if self.cfg.optim.warmup_steps >= total_steps:
             log.warning(
                 "optim.warmup_steps is %d and the run has %d steps: the learning rate never reaches %g",
@@ -210,7 +213,14 @@ class Setup:
             )
         return self._learner
 
-    def collate(self, rows: Sequence[Row], *, rows_per_forward: int, temperature: float = 1.0) -> list[Batch]:
+    def collate(
+        self,
+        rows: Sequence[Row],
+        *,
+        rows_per_forward: int,
+        temperature: float = 1.0,
+        rows_per_unit: int = 1,
+    ) -> list[Batch]:
         """Rows as forward passes: of at most this many rows, and no more tokens than the device profits from."""
         device = backends.of(self.world.device)
         return collate(
@@ -218,6 +228,7 @@ class Setup:
             rows_per_forward=rows_per_forward,
             max_tokens=device.tokens_per_forward,
             temperature=temperature,
+            rows_per_unit=rows_per_unit,
         )
 
     def update(

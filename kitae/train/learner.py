@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -81,8 +81,8 @@ class Learner:
         self.policy.train()
         sums = self._passes.run(batches, one_pass, start_again=start_again)
         for _ in range(max(passes for _, passes in shares) - len(batches)):
-            logprobs_N, _ = self.policy(empty_batch())  # takes part in the others' collectives
-            torch.autograd.backward((logprobs_N * 0.0).sum())
+            out = self.policy(empty_batch())  # takes part in the others' collectives
+            torch.autograd.backward((out.logprobs_N * 0.0).sum())
         self._has_gradient = True
         return self._metrics(sums, scale=scale)
 
@@ -114,12 +114,20 @@ class Learner:
 
     def logprobs(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-probabilities of each batch's predictions, without gradient and dropout."""
+        return self._score(batches, lambda out: out.logprobs_N)
+
+    def _score(self, batches: Sequence[Batch], field: Callable[[TokenOutputs], Tensor]) -> list[Tensor]:
+        """One field of the outputs of each batch; ranks with fewer batches take part with empty ones."""
+
+        def one_pass(batch: Batch) -> Tensor:
+            return field(self.policy(batch))
+
         most = max(self.world.gather_json(len(batches)))
         self.policy.eval()
         with torch.no_grad():
-            scored = [torch.cat(self._passes.run([batch], self._score)) for batch in batches]
+            scored = [torch.cat(self._passes.run([batch], one_pass)) for batch in batches]
             for _ in range(most - len(batches)):
-                self._score(empty_batch())
+                self.policy(empty_batch())
         return scored
 
     def without_adapter(self) -> Scorer:
@@ -189,23 +197,13 @@ class Learner:
         factor = scale * (self.loss_scale.value if self.loss_scale else 1.0)
         is_linear = getattr(loss_fn, "is_linear", False)
         coefficients_N = _coefficients(batch, loss_fn, factor=factor) if is_linear else None
-        logprobs_N, entropy_N = self.policy(batch, with_entropy=with_entropy, coefficients_N=coefficients_N)
-        loss, metrics = loss_fn(
-            TokenOutputs(
-                logprobs_N=logprobs_N, entropy_N=entropy_N, row_N=batch.row_N, num_rows=batch.num_rows
-            ),
-            batch.weights_N,
-            **batch.streams,
-        )
+        out: TokenOutputs = self.policy(batch, with_entropy=with_entropy, coefficients_N=coefficients_N)
+        loss, metrics = loss_fn(out, batch.weights_N, **batch.streams, **batch.numbers)
         torch.autograd.backward(loss * factor)
         sums = {"loss": loss.detach(), **metrics}
-        if entropy_N is not None:
-            sums["entropy"] = (entropy_N.detach() * batch.weights_N).sum()
+        if out.entropy_N is not None:
+            sums["entropy"] = (out.entropy_N.detach() * batch.weights_N).sum()
         return sums
-
-    def _score(self, batch: Batch) -> Tensor:
-        logprobs_N: Tensor = self.policy(batch)[0]
-        return logprobs_N
 
     def _metrics(self, sums: list[dict[str, Tensor]], *, scale: float) -> dict[str, float]:
         """Add up passes and ranks, and note a loss that is not finite."""
@@ -278,7 +276,7 @@ def _coefficients(batch: Batch, loss_fn: LossFn, *, factor: float) -> Tensor:
     """d (factor x loss) / d logprob of a loss that is linear in the log-probs: its derivative anywhere, so at zero."""
     zeros_N = torch.zeros_like(batch.weights_N, requires_grad=True)
     out = TokenOutputs(logprobs_N=zeros_N, row_N=batch.row_N, num_rows=batch.num_rows)
-    loss, _ = loss_fn(out, batch.weights_N, **batch.streams)
+    loss, _ = loss_fn(out, batch.weights_N, **batch.streams, **batch.numbers)
     (coefficients_N,) = torch.autograd.grad(loss * factor, zeros_N)
     return coefficients_N
 
@@ -290,4 +288,5 @@ def _on(batch: Batch, device: torch.device) -> Batch:
         weights_N=batch.weights_N.to(device),
         row_N=batch.row_N.to(device),
         streams={name: stream.to(device) for name, stream in batch.streams.items()},
+        numbers={name: number.to(device) for name, number in batch.numbers.items()},
     )

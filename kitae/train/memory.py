@@ -1,7 +1,7 @@
 """Forward passes that do not fit into memory are cut in halves; the step's result stays the same.
 
 A batch is tried; where an allocation fails, everything done so far is undone and begun again with that batch cut in
-two. Rows that are sums over one denominator may be cut anywhere.
+two. Rows that are sums over one denominator may be cut anywhere but inside a unit, such as a preference pair.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Passes:
         return done
 
     def _cut(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches, those of too many tokens in halves until they are smaller or single rows."""
+        """The batches, those of too many tokens in halves until they are smaller or single units."""
         parts: list[Batch] = []
         for batch in batches:
-            is_too_large = batch.packing.num_real_tokens >= self.too_many_tokens and len(batch.rows) > 1
+            is_too_large = batch.packing.num_real_tokens >= self.too_many_tokens and _num_units(batch) > 1
             parts.extend(self._cut(split_batch(batch)) if is_too_large else [batch])
         return parts
 
@@ -95,7 +95,7 @@ class Passes:
                 "ranks a pass cannot be cut while the others wait; lower the rows per forward pass "
                 "(train.per_device_train_batch_size, rollout.rows_per_forward)"
             ) from error
-        if len(batch.rows) < 2:
+        if _num_units(batch) < 2:
             needed = activation_bytes(self.policy, num_tokens=batch.packing.num_tokens)
             free, _ = backends.of(self.policy.device).memory(self.policy.device)
             raise PlanError(
@@ -115,9 +115,17 @@ def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
 
 def split_batch(batch: Batch) -> list[Batch]:
     """The same rows in two forward passes; predictions keep their order."""
-    half = -(-len(batch.rows) // 2)
-    shares = any(segment.prefix_length for segment in batch.packing.segments)
-    return collate(batch.rows, rows_per_forward=half, share_prompts=shares, temperature=batch.temperature)
+    return collate(
+        batch.rows,
+        rows_per_forward=-(-_num_units(batch) // 2) * batch.rows_per_unit,
+        share_prompts=any(segment.prefix_length for segment in batch.packing.segments),
+        temperature=batch.temperature,
+        rows_per_unit=batch.rows_per_unit,
+    )
+
+
+def _num_units(batch: Batch) -> int:
+    return len(batch.rows) // batch.rows_per_unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -148,3 +148,34 @@ def test_dtypes_are_those_the_model_and_the_losses_expect():
     (batch,) = collate([make_row([1, 2], 1, stream=1.0)], rows_per_forward=1)
     assert batch.input_ids_T.dtype == batch.source_N.dtype == batch.targets_N.dtype == torch.long
     assert batch.weights_N.dtype == batch.streams["advantages"].dtype == torch.float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=6
+    ),
+    max_tokens=st.integers(1, 40),
+    rows_per_forward=st.integers(1, 5),
+)
+def test_units_are_never_cut_apart(pairs, max_tokens, rows_per_forward):
+    rows = []
+    for number, (prompt, chosen, rejected) in enumerate(pairs):
+        for length in (chosen, rejected):
+            ids = [number + 1] * prompt + [9] * length
+            mask = [False] * prompt + [True] * length
+            rows.append(
+                Row(token_ids=ids, loss_mask=mask, prompt_length=prompt, numbers={"pair": float(number)})
+            )
+    batches = collate(rows, rows_per_forward=rows_per_forward, max_tokens=max_tokens, rows_per_unit=2)
+    assert [row for batch in batches for row in batch.rows] == rows
+    for batch in batches:
+        assert batch.rows_per_unit == 2 and len(batch.rows) % 2 == 0
+        assert batch.numbers["pair"].view(-1, 2).diff().abs().sum() == 0
+        assert len(batch.rows) <= max(rows_per_forward, 2)
+        assert batch.packing.num_real_tokens <= max_tokens or len(batch.rows) == 2
+
+
+def test_rows_that_are_no_whole_units_are_refused():
+    with pytest.raises(AssertionError, match="whole units"):
+        collate([make_row([1, 2], 1)], rows_per_forward=4, rows_per_unit=2)

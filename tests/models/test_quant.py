@@ -110,7 +110,7 @@ def test_nf4_stores_linears_in_four_bits_and_trains_an_adapter(family, tiny, pol
     assert any("o_proj" in n for n in packed)
     assert not any("lm_head" in n for n in packed)
 
-    logprobs, _ = policy(batch_of(ROWS))
+    logprobs, *_ = policy(batch_of(ROWS))
     logprobs.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in policy.named_trainable())
     full = coverage(policy_of(family, path=folder, lora=LoraSettings(rank=4)).causal_lm)
@@ -121,7 +121,7 @@ def test_nf4_stores_linears_in_four_bits_and_trains_an_adapter(family, tiny, pol
     assert (found.total, found.trainable) == (full.total, full.trainable)
 
     with torch.no_grad(), policy.without_adapter():
-        low, _ = policy(batch_of(ROWS))
+        low, *_ = policy(batch_of(ROWS))
         plain, _ = policy_of(family, path=folder)(batch_of(ROWS))
     assert 1e-6 < (low - plain).abs().mean() < 0.1
 

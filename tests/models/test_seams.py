@@ -24,7 +24,7 @@ OFF = SeamSettings(attention=False, head=False, experts=False, rmsnorm=False)
 
 def loss_of(policy, batch, *, as_coefficients: bool = True) -> torch.Tensor:
     coefficients = -batch.weights_N if as_coefficients else None
-    logprobs, _ = policy(batch, coefficients_N=coefficients)
+    logprobs, *_ = policy(batch, coefficients_N=coefficients)
     return -(logprobs * batch.weights_N).sum()
 
 
@@ -68,7 +68,7 @@ def test_half_precision_is_close_to_float32_and_trains(family, dtype, rank, poli
     batch = batch_of([random_row(n, prompt=random_row(5).token_ids) for n in (20, 3, 40)])
     settings = ModelSettings(name_or_path=str(tiny(family)), dtype=dtype, device="cpu")
     policy = load_policy(settings, lora=lora)
-    logprobs, entropy = policy(batch, with_entropy=True, coefficients_N=-batch.weights_N)
+    logprobs, entropy, *_ = policy(batch, with_entropy=True, coefficients_N=-batch.weights_N)
     assert logprobs.dtype == entropy.dtype == torch.float32
     (-logprobs * batch.weights_N).sum().backward()
     for name, parameter in policy.named_trainable():
@@ -76,7 +76,7 @@ def test_half_precision_is_close_to_float32_and_trains(family, dtype, rank, poli
         assert grad is not None or ".experts." in name  # an expert no token went to
         assert grad is None or (grad.isfinite().all() and grad.dtype == parameter.dtype), name
     with torch.no_grad():
-        expected, _ = policy_of(family)(batch)
+        expected, *_ = policy_of(family)(batch)
     assert (logprobs - expected).abs().mean() < 0.02
 
 
@@ -96,7 +96,7 @@ def test_a_shared_prompt_equals_separate_rows(family, policy_of, plain_model):
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_same_gradients(policy, model)
-    separate, _ = policy(batch_of(rows, share_prompts=False))
+    separate, *_ = policy(batch_of(rows, share_prompts=False))
     torch.testing.assert_close(policy(batch)[0], separate, rtol=1e-5, atol=1e-5)
 
 
@@ -104,8 +104,8 @@ def test_a_shared_prompt_equals_separate_rows(family, policy_of, plain_model):
 def test_one_seam_off_changes_nothing(seam, policy_of):
     rows = [random_row(n) for n in (3, 40, 17)]
     with torch.no_grad():
-        expected, _ = policy_of("deepseek_v3")(batch_of(rows))
-        found, _ = policy_of("deepseek_v3", seams=SeamSettings(**{seam: False}))(batch_of(rows))
+        expected, *_ = policy_of("deepseek_v3")(batch_of(rows))
+        found, *_ = policy_of("deepseek_v3", seams=SeamSettings(**{seam: False}))(batch_of(rows))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

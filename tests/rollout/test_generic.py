@@ -119,7 +119,7 @@ def test_the_ratio_at_the_first_update_is_one(
     ]
     for batch in collate(rows, rows_per_forward=7, temperature=sampling.temperature):
         with torch.no_grad():
-            logprobs_N, _ = policy(batch)
+            logprobs_N = policy(batch).logprobs_N
         ratio_N = (logprobs_N - batch.streams["old_logprobs"]).exp()
         assert (ratio_N - 1).abs().max().item() <= 1e-5
 
@@ -250,7 +250,7 @@ def test_bfloat16_rollouts_stay_close_to_the_policy_that_scores_them(tiny: Calla
             loss_mask=[False] * len(prompt) + [True] * len(rollout.token_ids),
         )
         with torch.no_grad():
-            logprobs_N, _ = policy(collate([row], rows_per_forward=1)[0])
+            logprobs_N = policy(collate([row], rows_per_forward=1)[0]).logprobs_N
         assert rollout.logprobs == pytest.approx(logprobs_N.tolist(), abs=0.1)
 
 

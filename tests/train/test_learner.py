@@ -168,7 +168,7 @@ def test_metrics_are_sums_over_the_denominator_and_entropy_comes_when_asked(tiny
     )
     (batch,) = collate(ROWS, rows_per_forward=7)
     with torch.no_grad():
-        logprobs_N, entropy_N = learner.policy(batch, with_entropy=True)
+        logprobs_N, entropy_N, *_ = learner.policy(batch, with_entropy=True)
     ratio_N = (logprobs_N - batch.streams["old_logprobs"]).exp()
     clipped = (ratio_N.clamp(0.8, 1.2) * batch.streams["advantages"]) < ratio_N * batch.streams["advantages"]
     assert metrics["entropy"] == pytest.approx(entropy_N.mean().item(), rel=1e-5)
