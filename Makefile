@@ -57,7 +57,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e ".[plots,dev]"
+	$(PIP) install -c constraints.txt -e ".[plots,dev,parity]"
 	@touch $@
 
 clean:

@@ -115,6 +115,13 @@ class DataSettings(Section):
     """Use only the first rows of the training data."""
 
 
+class PreferenceDataSettings(DataSettings):
+    """The same, for recipes that compare completions of one prompt."""
+
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Pairs with a longer prompt, in tokens, are dropped and counted; none drops only what max_length leaves nothing of."""
+
+
 class OptimSettings(Section):
     """The optimizer and its schedule."""
 
@@ -171,6 +178,16 @@ class BatchTrainSettings(TrainSettings):
     """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
     average: Literal["token", "sequence"] = "token"
     """What a step averages over: every taught token alike, or every row alike."""
+
+
+class PairTrainSettings(TrainSettings):
+    """The same, for recipes that take preference pairs from a file."""
+
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The result
+    depends on pairs per step only."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step; pairs per step = this x per_device_train_batch_size x ranks."""
 
 
 class EvalSettings(Section):
@@ -271,6 +288,23 @@ class RolloutSettings(Section):
     not depend on it."""
     mask_truncated: bool = False
     """Take completions cut at max_new_tokens out of the loss; their reward counts in the group's mean all the same."""
+
+
+class GroupRolloutSettings(RolloutSettings):
+    """The same, for GRPO, whose groups of completions can be dead: all rewards equal, nothing to learn."""
+
+    refill: int = Field(0, ge=0, le=100)
+    """Replace dead groups by groups of other prompts, in at most this many further sampling passes a round (DAPO's dynamic
+    sampling). More passes leave fewer dead groups and take longer."""
+    curriculum: Literal["none", "pass_rate"] = "none"
+    """pass_rate leaves out, three times of four, prompts that were right in under 10 % or over 90 % of their completions so
+    far, and takes others for them."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Tokens before max_new_tokens over which a completion's reward falls, in a straight line, by overlong_factor (DAPO);
+    0 leaves rewards as they are."""
+    overlong_factor: float = Field(1.0, gt=0)
+    """What a completion of max_new_tokens loses, in the unit of the reward: 1 is the worth of the right form in the reasoning
+    reward, 10 of a right answer."""
 
 
 class RewardSettings(Section):

@@ -28,6 +28,10 @@ class PlanError(KitaeError):
     """The run does not fit the machine: memory, disk, or how work is laid over ranks."""
 
 
+class EndpointError(KitaeError):
+    """A model behind an address that refuses, cannot be reached, or fails again and again."""
+
+
 class RewardError(KitaeError):
     """A reward function that is missing, has the wrong signature, or failed."""
 

@@ -12,7 +12,7 @@ predicts token targets_N.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,13 @@ class Rollout:
     kept_ids: list[list[int]] | None = None
     """Per token, the ids that top-p, top-k or min-p left to choose from; None where none was on."""
     finish_reason: FinishReason = "stop"
+    reported_tokens: int | None = None
+    """How many tokens an endpoint says it sampled; it does not send them."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens, end token included; 0 where an endpoint does not say."""
+        return len(self.token_ids) or self.reported_tokens or 0
 
 
 class Score(NamedTuple):
@@ -135,6 +142,16 @@ class Batch:
     """The rows this batch was made of, so that it can be cut in halves when memory runs out."""
     rows_per_unit: int = 1
     """So many consecutive rows belong together and are never cut apart: 2 for preference pairs."""
+    teacher: Teacher | None = None
+    """Whom the model is compared with when this batch's forward pass comes."""
+
+
+class Teacher(Protocol):
+    """Compares a model with a teacher, one batch at a time, so that the soft targets of only one batch exist."""
+
+    def compare(self, student: Any, batch: Batch, hidden_NH: Tensor) -> TokenOutputs:
+        """The student's outputs with divergence_N, from its hidden states; `student` is a models.policy.Policy."""
+        ...
 
 
 class TokenOutputs(NamedTuple):
@@ -151,6 +168,8 @@ class TokenOutputs(NamedTuple):
     row_N: Tensor | None = None
     """Which row of the batch each prediction belongs to."""
     num_rows: int = 0
+    teacher_logprobs_N: Tensor | None = None
+    """The teacher's log-probability of each target."""
 
     def per_row(self, numbers_N: Tensor) -> Tensor:
         """Sums [B] over each row's predictions."""

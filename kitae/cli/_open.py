@@ -96,16 +96,25 @@ class Opened:
         return Problem(prompt=text, token_ids=self.template.tokenizer.encode(text), index=index)
 
 
-def open_model(use: UseSettings, *, name: str | None = None) -> Opened:
-    """Load model, template and engine; `name` takes another model with the same choices."""
+def open_model(
+    use: UseSettings, *, name: str | None = None, default_system_prompt: str | None = None
+) -> Opened:
+    """Load model, template and engine; `name` takes another model with the same choices.
+
+    `default_system_prompt` is for a model that was not trained with kitae, where use.system_prompt says nothing.
+    """
     from kitae.data.chat import Template
+    from kitae.data.templates import saved_template
     from kitae.models.load import load_policy, load_tokenizer
     from kitae.rollout.generic import GenericEngine
 
     model = use.model_settings(name=name)
     data = DataSettings(system_prompt=use.system_prompt, template=use.template)
-    template = Template.load(load_tokenizer(model), data=data)
-    if Path(model.name_or_path).is_dir():
+    is_here = Path(model.name_or_path).is_dir()
+    if is_here and saved_template(model.name_or_path) is not None:
+        default_system_prompt = None  # it was trained with a system prompt, or without one
+    template = Template.load(load_tokenizer(model), data=data, default_system_prompt=default_system_prompt)
+    if is_here:
         for difference in template.differences(model.name_or_path):
             log.warning("%s was trained with another template: %s", model.name_or_path, difference)
     policy = load_policy(model, trainable=False)

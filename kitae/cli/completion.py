@@ -33,9 +33,16 @@ def words() -> dict[tuple[str, ...], list[str]]:
     """What may follow each beginning of a command line."""
     commands = [name for name in names_in("kitae.cli") if name != "main"]
     recipes = names_in("kitae.recipes")
-    found = {(): [*commands, "--help", "--version"], ("train",): recipes}
+    found = {
+        (): [*commands, "--help", "--version"],
+        ("train",): recipes,
+        ("launch",): ["--nproc_per_node", "train"],
+        ("trace",): ["--row", "--recipe", "--json"],
+    }
     for recipe in recipes:
-        found["train", recipe] = [f"--{name}" for name in settings_of(settings_class(recipe))]
+        flags = [f"--{name}" for name in settings_of(settings_class(recipe))]
+        found["train", recipe] = flags
+        found["trace",] += [flag for flag in flags if flag not in found["trace",]]
     for command in commands:
         settings = getattr(importlib.import_module(f"kitae.cli.{command}"), "Settings", None)
         if settings is not None:
@@ -53,6 +60,7 @@ def _bash(*, is_zsh: bool) -> str:
         "autoload -U +X bashcompinit && bashcompinit" if is_zsh else "",
         "_kitae() {",
         '  local words before="${COMP_WORDS[*]:1:COMP_CWORD-1} "',
+        '  before="${before#launch --nproc*[= ][0-9]* }"',  # what is launched is a command line of its own
         '  case "$before" in',
         *cases,
         f"    *) words={shlex.quote(' '.join(words()[()]))} ;;",

@@ -42,9 +42,7 @@ def main(argv: list[str]) -> int:
     opened = open_model(use)
     groups = complete(opened, use, prompts, show=use.n * len(prompts) == 1)
     if use.n * len(prompts) > 1:
-        for group in groups:
-            for rollout in group:
-                print(rollout.text)
+        show_all(groups)
     if use.json_file:
         results = [
             {
@@ -81,6 +79,22 @@ def complete(opened: Opened, use: Settings, prompts: list[str], *, show: bool = 
     groups = opened.engine.generate(problems, **how, on_tokens=stream.on_tokens)
     stream.finish()
     return groups
+
+
+def show_all(groups: list[list[Rollout]]) -> None:
+    """Print every completion; on a terminal under a thin line that says which one it is."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for prompt, group in enumerate(groups, start=1):
+        for number, rollout in enumerate(group, start=1):
+            if console.is_terminal:
+                of_prompt = f"prompt {prompt} of {len(groups)}, " if len(groups) > 1 else ""
+                console.rule(
+                    Text(f"{of_prompt}completion {number} of {len(group)}", style="dim"), style="dim"
+                )
+            print(rollout.text)
 
 
 def completions(given: dict[str, Any]) -> list[str]:

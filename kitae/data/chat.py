@@ -117,7 +117,7 @@ class Template:
 
         Usually that is one row. A template that rewrites earlier turns gives one row per turn, each with the context
         that the turn would really be sampled in. `counts` collects what was cut: rows_cut, answers_cut, rows_dropped,
-        control_literals.
+        control_literals; and examples whose thinking ends without having begun: unopened_thinks.
         """
         counts = Counter() if counts is None else counts
         try:
@@ -212,13 +212,16 @@ class Template:
     def _whole_rows(self, example: Example, counts: Counter[str]) -> list[Row]:
         rows: list[Row] = []
         num_control = 0
+        is_unopened = False
         for k, turn in enumerate(example.messages):
             if not is_taught(turn):
                 continue
             prompt, prefill, num_hidden = self._prompt(example.messages[:k], {})
             marks = Marks(self._encoder)
-            text = marks.hide(self._completion(turn["content"], prefill), allowed=TAGS)
-            target = marks.encode(text, is_start=False) + self._end_ids
+            completion = self._completion(turn["content"], prefill)
+            thinking, closing, _ = (prefill + completion).partition("</think>")
+            is_unopened |= bool(closing) and "<think>" not in thinking
+            target = marks.encode(marks.hide(completion, allowed=TAGS), is_start=False) + self._end_ids
             num_control = num_hidden + marks.num_control
             before = rows[-1] if rows else None
             if before is not None and prompt[: len(before.token_ids)] == before.token_ids:
@@ -233,6 +236,8 @@ class Template:
                 rows.append(Row(token_ids=prompt + target, loss_mask=mask, prompt_length=len(prompt)))
         if num_control:
             counts["control_literals"] += num_control
+        if is_unopened:
+            counts["unopened_thinks"] += 1
         return rows
 
     def _completion(self, content: str, prefill: str) -> str:

@@ -15,7 +15,8 @@ from kitae.errors import DataError
 Message = dict[str, Any]
 """One turn: role and content; "taught": False on an assistant turn that is context only."""
 
-Purpose = Literal["sft", "rl"]
+Purpose = Literal["sft", "rl", "pairs", "labels"]
+"""What rows are read for; "pairs" and "labels" are preferences (kitae/data/preferences.py)."""
 
 ROLES = {
     "system": "system",
@@ -49,6 +50,10 @@ class Example:
     columns: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     """File and line, for messages to people."""
+    rejected: str | None = None
+    """Of a preference pair: what should not have been the last turn's content; messages end with the chosen one."""
+    label: bool | None = None
+    """Of a labelled row: whether the last turn is a good one."""
 
     @property
     def question(self) -> list[Message]:
@@ -68,10 +73,12 @@ def to_example(
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
-        raise RowError(f"expected an object or a list of turns, found {_kind(record)}")
-    record = {name: value for name, value in _mapped(record, data.columns).items() if value is not None}
+        raise RowError(f"expected an object or a list of turns, found {kind_of(record)}")
+    record = {
+        name: value for name, value in with_our_names(record, data.columns).items() if value is not None
+    }
     messages, answer, worked = _read(record)
-    messages = _checked(messages)
+    messages = checked_turns(messages)
     answer = _answer_text(answer) or _answer_of_target(messages)
     if purpose == "sft":
         messages = _with_target(messages, answer=answer, worked=worked, target=data.target)
@@ -127,11 +134,11 @@ def _read(record: dict[str, Any]) -> tuple[list[Message], Any, bool]:
         raise RowError("a preference row: SFT and GRPO have no use for a true/false label", field="label")
     for name in ("messages", "conversations", "conversation"):
         if name in record:
-            turns = _turns(record[name], name)
-            system = _optional(record, "system")
+            turns = turns_of(record[name], name)
+            system = system_turn(record)
             return (system + turns if system else turns), record.get("answer"), False
     if "instruction" in record:
-        return _instruction(record), record.get("answer"), False
+        return instruction_turns(record), record.get("answer"), False
     for name in QUESTIONS:
         if name in record:
             return _question(record, name)
@@ -141,9 +148,9 @@ def _read(record: dict[str, Any]) -> tuple[list[Message], Any, bool]:
     )
 
 
-def _instruction(record: dict[str, Any]) -> list[Message]:
+def instruction_turns(record: dict[str, Any]) -> list[Message]:
     """Alpaca's shape: instruction, input, output, with LLaMA-Factory's system and history."""
-    turns = _optional(record, "system")
+    turns = system_turn(record)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
@@ -163,9 +170,9 @@ def _instruction(record: dict[str, Any]) -> list[Message]:
 def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bool]:
     """A question under one of its names, and what answers it."""
     value = record[name]
-    turns = _optional(record, "system")
+    turns = system_turn(record)
     turns += (
-        _turns(value, name)
+        turns_of(value, name)
         if isinstance(value, list)
         else [{"role": "user", "content": value, "field": name}]
     )
@@ -174,7 +181,7 @@ def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bo
         if column in record:
             text = record[column]
             if isinstance(text, list):
-                return turns + _turns(text, column), answer, False
+                return turns + turns_of(text, column), answer, False
             turns.append({"role": "assistant", "content": text, "field": column})
             return turns, answer, column == "solution"
     text = _answer_text(answer)
@@ -185,13 +192,13 @@ def _question(record: dict[str, Any], name: str) -> tuple[list[Message], Any, bo
     return turns, final or text, final is not None and bool(worked.strip())
 
 
-def _optional(record: dict[str, Any], name: str) -> list[Message]:
-    """A system turn from a column, if it says anything."""
-    value = record.get(name)
-    return [{"role": "system", "content": value, "field": name}] if value not in (None, "") else []
+def system_turn(record: dict[str, Any]) -> list[Message]:
+    """A system turn from the column system, if it says anything."""
+    value = record.get("system")
+    return [{"role": "system", "content": value, "field": "system"}] if value not in (None, "") else []
 
 
-def _turns(value: Any, name: str) -> list[Message]:
+def turns_of(value: Any, name: str) -> list[Message]:
     """A list of turns as OpenAI or ShareGPT write them; also its JSON text, as CSV files hold it."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -199,13 +206,13 @@ def _turns(value: Any, name: str) -> list[Message]:
         except ValueError as error:
             raise RowError(f"not a list of turns: {error}", field=name) from error
     if not isinstance(value, list):
-        raise RowError(f"expected a list of turns, found {_kind(value)}", field=name)
-    return [_turn(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
+        raise RowError(f"expected a list of turns, found {kind_of(value)}", field=name)
+    return [turn_of(turn, f"{name}[{i}]") for i, turn in enumerate(value)]
 
 
-def _turn(turn: Any, where: str) -> Message:
+def turn_of(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise RowError(f"expected a turn with role and content, found {_kind(turn)}", field=where)
+        raise RowError(f"expected a turn with role and content, found {kind_of(turn)}", field=where)
     role = turn.get("role", turn.get("from"))
     if role is None:
         raise RowError("a turn without role", field=where)
@@ -236,7 +243,7 @@ def _part(part: Any, where: str) -> str:
 # checks -------------------------------------------------------------------------------------------------------
 
 
-def _checked(turns: list[Message]) -> list[Message]:
+def checked_turns(turns: list[Message]) -> list[Message]:
     """The turns with our role names, or the first thing that is wrong with them."""
     checked: list[Message] = []
     for i, turn in enumerate(turns):
@@ -246,7 +253,7 @@ def _checked(turns: list[Message]) -> list[Message]:
             raise RowError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}", field=where)
         content = turn["content"]
         if not isinstance(content, str):
-            raise RowError(f"content must be text, found {_kind(content)}", field=where)
+            raise RowError(f"content must be text, found {kind_of(content)}", field=where)
         if role == "system" and not content.strip():
             continue
         if not content.strip():
@@ -275,7 +282,7 @@ def _answer_text(answer: Any) -> str | None:
         return str(int(answer))
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return str(answer)
-    raise RowError(f"the answer must be text or a number, found {_kind(answer)}", field="answer")
+    raise RowError(f"the answer must be text or a number, found {kind_of(answer)}", field="answer")
 
 
 def _answer_of_target(messages: list[Message]) -> str | None:
@@ -309,7 +316,7 @@ def _with_target(
     return [*messages[:-1], {**last, "content": text}]
 
 
-def _mapped(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def with_our_names(record: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """The record with the user's columns under our names; `answer = "reward.truth"` reaches into an object."""
     if not columns:
         return record
@@ -339,7 +346,7 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     names: dict[type, str] = {
         dict: "an object",
         list: "a list",

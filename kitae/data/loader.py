@@ -65,6 +65,15 @@ class Loader(Generic[Item]):
             self._order = self._order_of(self._epoch)
         return items
 
+    def visited(self, steps: int) -> list[int]:
+        """Which items the first `steps` steps of the run take, over all ranks; each once, in the order of the data."""
+        taken = {
+            int(i)
+            for epoch in range(-(-steps // self.steps_per_epoch))
+            for i in self._order_of(epoch)[: (steps - epoch * self.steps_per_epoch) * self._items_per_step]
+        }
+        return sorted(taken)
+
     def state(self) -> dict[str, Any]:
         """Position, and what it is only valid for."""
         return {"epoch": self._epoch, "step": self._step, **self._fixed()}

@@ -59,6 +59,11 @@ class RenderedProblems(Sequence[Problem]):
                 self.num_dropped, len(dataset), max_prompt_length,
             )  # fmt: skip
 
+    @property
+    def indices(self) -> list[int]:
+        """Problem.index of each item, without rendering it."""
+        return [self._first_index + number for number in self._fitting]
+
     def __len__(self) -> int:
         return len(self._fitting)
 

@@ -22,7 +22,7 @@ class RenderedRows(Sequence[list[Row]]):
     """Item i is the list of rows of one example: several where the template rewrites earlier turns.
 
     Examples that have no target left within max_length tokens are left out and counted. Examples that the template
-    refuses are listed together in a DataError, or left out too with skip_bad.
+    refuses are listed together in a DataError, or left out too with skip_bad. `use` is what log lines call the rows.
     """
 
     def __init__(
@@ -31,21 +31,27 @@ class RenderedRows(Sequence[list[Row]]):
         *,
         template: Template,
         max_length: int,
+        use: str = "training",
         skip_bad: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
+        self._use = use
         self.counts: Counter[str] = Counter()
-        """rows, tokens, taught_tokens; rows_cut, answers_cut, rows_dropped and control_literals of Template.rows."""
+        """rows, tokens, taught_tokens, and what Template.rows counts."""
+        self._first_unopened = ""
         self._store = RecordStore()
         bad = BadRows()
         for i in range(len(dataset)):
             if on_progress is not None and i % 100 == 0:
                 on_progress(i)
             try:
-                rows = template.rows(dataset[i], max_length=max_length, counts=self.counts)
+                example = dataset[i]
+                rows = template.rows(example, max_length=max_length, counts=self.counts)
             except DataError as error:
                 bad.add(error)
                 continue
+            if self.counts["unopened_thinks"] and not self._first_unopened:
+                self._first_unopened = example.source
             if rows:
                 self._append(rows)
         self._store.finish()
@@ -78,8 +84,8 @@ class RenderedRows(Sequence[list[Row]]):
     def _log(self, max_length: int) -> None:
         n = self.counts
         log.info(
-            "%d rows from %d examples, %d tokens, %.1f %% of them taught",
-            n["rows"], len(self), n["tokens"], 100 * n["taught_tokens"] / n["tokens"],
+            "%d %s rows from %d examples, %d tokens, %.1f %% of them taught",
+            n["rows"], self._use, len(self), n["tokens"], 100 * n["taught_tokens"] / n["tokens"],
         )  # fmt: skip
         if n["rows_cut"]:
             log.warning(
@@ -89,6 +95,12 @@ class RenderedRows(Sequence[list[Row]]):
             )  # fmt: skip
         if n["control_literals"]:
             log.warning("%d control tokens written in the data's text stay text", n["control_literals"])
+        if n["unopened_thinks"]:
+            log.warning(
+                "%d %s examples have a </think> that no <think> comes before, neither in the row nor from the template "
+                "(the first is %s); they are taught as they are. Write <think> at the start of their assistant turns",
+                n["unopened_thinks"], self._use, self._first_unopened,
+            )  # fmt: skip
 
 
 def _spans(mask: list[bool]) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ import xxhash
 from kitae.config import DataSettings
 from kitae.data.files import expand
 from kitae.data.formats import Example, Purpose, RowError, to_example
+from kitae.data.preferences import to_preference
 from kitae.data.readers import read_records
 from kitae.data.store import RecordStore
 from kitae.errors import DataError
@@ -76,8 +77,11 @@ class Dataset(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         content, source = json.loads(self._store[index if index >= 0 else len(self) + index])
-        messages, answer, columns = content
-        return Example(messages=messages, answer=answer, columns=columns, source=source)
+        messages, answer, columns, *preference = content
+        rejected, label = preference or (None, None)
+        return Example(
+            messages=messages, answer=answer, columns=columns, rejected=rejected, label=label, source=source
+        )
 
 
 def open_dataset(
@@ -106,8 +110,15 @@ def open_dataset(
         try:
             if isinstance(record, RowError):
                 raise record
-            example = to_example(record, data=data, purpose=purpose, need_answer=need_answer, source=where)
-            content = _as_json([example.messages, example.answer, example.columns])
+            if purpose in ("pairs", "labels"):
+                example = to_preference(record, data=data, purpose=purpose, source=where)
+                preference = [example.rejected, example.label]
+            else:
+                example = to_example(
+                    record, data=data, purpose=purpose, need_answer=need_answer, source=where
+                )
+                preference = []
+            content = _as_json([example.messages, example.answer, example.columns, *preference])
         except RowError as error:
             bad.add(f"{where}: {error}")
             continue

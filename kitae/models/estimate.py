@@ -52,11 +52,13 @@ class Plan:
     """Ranks the model is sharded over; while it is loaded, each holds all of it."""
 
 
-def build_on_meta(config: Any) -> Any:
-    """The model of a configuration with shapes and without memory."""
-    from transformers import AutoModelForCausalLM
+def build_on_meta(config: Any, *, scores: bool = False) -> Any:
+    """The model of a configuration with shapes and without memory; `scores`: with a score for a head."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     with torch.device("meta"):
+        if scores:
+            return AutoModelForSequenceClassification.from_config(config)
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -113,7 +113,7 @@ class _Task:
 
 
 @dataclass(slots=True)
-class _Gradients:
+class Gradients:
     """Gradients of one call; the head's are summed over chunks in float32. None: not needed."""
 
     hidden_NH: Tensor | None
@@ -123,7 +123,7 @@ class _Gradients:
     @classmethod
     def zeros(
         cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, needs: Sequence[bool]
-    ) -> _Gradients:
+    ) -> Gradients:
         return cls(
             torch.empty_like(hidden_NH) if needs[0] else None,
             torch.zeros_like(weight_VH, dtype=torch.float32) if needs[1] else None,
@@ -155,11 +155,11 @@ class _Chunked(torch.autograd.Function):
         logprobs_N, lse_N, entropy_N = (torch.zeros(n, device=hidden_NH.device) for _ in range(3))
         eager = None
         if coefficients_N is not None and any(ctx.needs_input_grad[:3]):
-            eager = _Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
+            eager = Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
         for start in range(0, n, task.rows):
             stop = min(start + task.rows, n)
             hidden_CH, logits_CV = _logits(hidden_NH, weight_VH, bias_V, task, start, stop)
-            targets_C1 = _padded(task.targets_N, start, stop, task.rows)[:, None]
+            targets_C1 = padded(task.targets_N, start, stop, task.rows)[:, None]
             lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
             logprobs_C = (logits_CV.gather(1, targets_C1) - lse_C1).squeeze(1)
             logprobs_N[start:stop], lse_N[start:stop] = logprobs_C[: stop - start], lse_C1[: stop - start, 0]
@@ -167,7 +167,7 @@ class _Chunked(torch.autograd.Function):
                 entropy_C = lse_C1[:, 0] - ((logits_CV - lse_C1).exp() * logits_CV).sum(-1)
                 entropy_N[start:stop] = entropy_C[: stop - start]
             if eager is not None and coefficients_N is not None:
-                grad_C1 = _padded(coefficients_N, start, stop, task.rows)[:, None] / task.temperature
+                grad_C1 = padded(coefficients_N, start, stop, task.rows)[:, None] / task.temperature
                 _to_gradient_(logits_CV, targets_C1, lse_C1, grad_C1)
                 eager.add(start, stop, logits_CV, hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, lse_N, entropy_N)
@@ -188,13 +188,13 @@ class _Chunked(torch.autograd.Function):
             grad_logprobs_N = torch.zeros_like(lse_N)
         as_foretold = ctx.eager is not None and torch.equal(grad_logprobs_N, ctx.coefficients_N)
         if as_foretold and grad_entropy_N is None:
-            return *_hand_over(ctx.eager, weight_VH.dtype, ctx.main_grads), None, None
-        grads = _Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
+            return *hand_over(ctx.eager, weight_VH.dtype, ctx.main_grads), None, None
+        grads = Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
         for start in range(0, len(hidden_NH), task.rows):
             stop = min(start + task.rows, len(hidden_NH))
 
             def column(x_N: Tensor, start: int = start, stop: int = stop) -> Tensor:
-                return _padded(x_N, start, stop, task.rows)[:, None]
+                return padded(x_N, start, stop, task.rows)[:, None]
 
             hidden_CH, logits_CV = _logits(hidden_NH, weight_VH, bias_V, task, start, stop)
             lse_C1, extra_CV = column(lse_N), None
@@ -206,14 +206,14 @@ class _Chunked(torch.autograd.Function):
             if extra_CV is not None:
                 logits_CV.add_(extra_CV, alpha=1 / task.temperature)
             grads.add(start, stop, logits_CV, hidden_CH, weight_VH)
-        return *_hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
+        return *hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
 
 
 def _logits(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, task: _Task, start: int, stop: int
 ) -> tuple[Tensor, Tensor]:
     """Hidden states of one chunk, padded to the chunk's rows, and its tempered, masked float32 logits."""
-    hidden_CH = _padded(hidden_NH, start, stop, task.rows)
+    hidden_CH = padded(hidden_NH, start, stop, task.rows)
     logits_CV = F.linear(hidden_CH, weight_VH, bias_V).float()
     if task.temperature != 1.0:
         logits_CV.div_(task.temperature)
@@ -227,15 +227,15 @@ def _to_gradient_(logits_CV: Tensor, targets_C1: Tensor, lse_C1: Tensor, grad_C1
     logits_CV.sub_(lse_C1).exp_().mul_(-grad_C1).scatter_add_(1, targets_C1, grad_C1)
 
 
-def _padded(x_N: Tensor, start: int, stop: int, rows: int) -> Tensor:
+def padded(x_N: Tensor, start: int, stop: int, rows: int) -> Tensor:
     """Rows start:stop, filled up with zeros to `rows`: the last chunk has the others' shape."""
     missing = rows - (stop - start)
     own = x_N[start:stop]
     return F.pad(own, (0, 0) * (x_N.dim() - 1) + (0, missing)) if missing else own
 
 
-def _hand_over(
-    grads: _Gradients, dtype: torch.dtype, main_grads: Sequence[Tensor | None]
+def hand_over(
+    grads: Gradients, dtype: torch.dtype, main_grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The head's gradients go to the parameters' float32 main_grad where they have one, else to `.grad`."""
     head: list[Tensor | None] = []

@@ -8,15 +8,16 @@ Code that comes with a model is not run unless model.trust_remote_code says so, 
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from kitae import backends
 from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import estimate, files, quant, seams
+from kitae.models import estimate, files, quant, score, seams
 from kitae.models import lora as adapters
 from kitae.models.bars import bars_for
 from kitae.models.families import find_family
@@ -24,6 +25,7 @@ from kitae.models.policy import Policy
 from kitae.plugins import did_you_mean
 
 log = logging.getLogger(__name__)
+P = TypeVar("P", bound=Policy)
 
 
 def load_tokenizer(model: ModelSettings) -> Any:
@@ -74,10 +76,23 @@ def load_policy(
     `trainable` False freezes everything: for sampling, evaluation, or a reference. `optimizer` (optim.name) and the
     number of ranks that share the work only matter to the memory estimate.
     """
+    return load_as(Policy, model, lora=lora, trainable=trainable, optimizer=optimizer, ranks=ranks)
+
+
+def load_as(
+    kind: type[P],
+    model: ModelSettings,
+    *,
+    lora: LoraSettings | None = None,
+    trainable: bool = True,
+    optimizer: str = "adamw",
+    ranks: int = 1,
+) -> P:
+    """What load_policy and load_critic have in common; `kind` says which transformers class holds the weights."""
     rank = lora.rank if lora is not None and trainable else 0
     found = files.find_model(model.name_or_path, revision=model.revision, with_code=model.trust_remote_code)
     _check_adapter(found, (lora or LoraSettings()) if trainable else None)
-    config = _load_config(found.folder, trust_remote_code=model.trust_remote_code)
+    config = _load_config(found.folder, kind=kind, trust_remote_code=model.trust_remote_code)
     stored = _stored_quantization(config)
     if model.quantization == "nf4" and trainable and not rank:
         raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
@@ -95,6 +110,7 @@ def load_policy(
             f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16"
         )
     weights = files.weight_files(found.folder)
+    score.check(found.folder, weights, config, is_wanted=kind.gives_scores)
 
     device = backends.pick_device(model.device)
     dtype = _choose_dtype(model, device)
@@ -110,7 +126,7 @@ def load_policy(
     )
     meta = None
     if not model.trust_remote_code:
-        meta = estimate.build_on_meta(config)
+        meta = estimate.build_on_meta(config, scores=kind.gives_scores)
         free, total = backends.of(device).memory(device)
         if device.type == "cpu":  # ranks of one machine share it
             free, total = free // ranks, total // ranks
@@ -120,24 +136,27 @@ def load_policy(
         )
 
     causal_lm = _load_weights(
-        model, found, config, weights, stored=stored, dtype=dtype, device=device, meta=meta
+        model, found, config, weights, kind=kind, stored=stored, dtype=dtype, device=device, meta=meta
     )
+    if kind.gives_scores:
+        score.prepare(causal_lm, weights)
     family = find_family(causal_lm.config.model_type)
     used = seams.install(causal_lm, model.seams, family)
     peft: Any = None
     reference: str | None = None
     if found.adapter is not None:
-        peft, reference = adapters.load_adapter(causal_lm, found.adapter, trainable=trainable, dtype=dtype)
+        load_adapter = score.load_adapter if kind.gives_scores else adapters.load_adapter
+        peft, reference = load_adapter(causal_lm, found.adapter, trainable=trainable, dtype=dtype)
     elif lora is not None and rank:
         causal_lm.requires_grad_(False)
-        peft = adapters.add_adapter(causal_lm, lora, dtype=dtype)
+        peft = adapters.add_adapter(causal_lm, lora, dtype=dtype, scores=kind.gives_scores)
     else:
         causal_lm.requires_grad_(trainable)
     if not trainable:
         causal_lm.requires_grad_(False)
     if model.gradient_checkpointing:
         _checkpoint_gradients(causal_lm)
-    policy = Policy(
+    policy = kind(
         causal_lm,
         dtype=dtype,
         seams=used,
@@ -168,27 +187,31 @@ def _check_adapter(found: files.ModelFiles, wanted: LoraSettings | None) -> None
         log.warning("the adapter in %s goes on as it was made, with %s", found.adapter, ", ".join(kept))
 
 
-def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+def _load_config(folder: Path, *, kind: type[Policy] = Policy, trust_remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
-    from transformers.models.auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
     raw = files.read_config(folder)
     if trust_remote_code:
         names = sorted(file.name for file in folder.glob("*.py"))
         log.warning("running code that comes with the model: %s in %s", ", ".join(names) or "no file", folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    kind = raw["model_type"]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    name = raw["model_type"]
+    # A critic is a causal model too: it reads a score at every position.
+    known = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if kind.gives_scores:
+        known &= set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    if name not in known:
         raise ModelError(
-            f"{folder}/config.json has model_type {kind!r}, which the installed transformers has no causal language "
-            f"model for; {did_you_mean(kind, ['llama', 'qwen2', 'qwen3', 'deepseek_v3'])}"
+            f"{folder}/config.json has model_type {name!r}, which the installed transformers has no causal language "
+            f"model for{' with scores' if kind.gives_scores else ''}; "
+            f"{did_you_mean(name, ['llama', 'qwen2', 'qwen3', 'deepseek_v3'])}"
         )
     try:
-        return CONFIG_MAPPING[kind].from_dict(raw)
+        return CONFIG_MAPPING[name].from_dict(raw)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"{folder}/config.json is not a valid {kind} configuration: {error}") from error
+        raise ModelError(f"{folder}/config.json is not a valid {name} configuration: {error}") from error
 
 
 def _stored_quantization(config: Any) -> str | None:
@@ -229,13 +252,14 @@ def _load_weights(
     config: Any,
     weights: dict[str, Path],
     *,
+    kind: type[Policy],
     stored: str | None,
     dtype: torch.dtype,
     device: torch.device,
     meta: Any,
 ) -> Any:
-    """The transformers model on its device; every parameter must come from the checkpoint."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    """The transformers model on its device; every parameter but a new score head must come from the checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     source: Path | None = found.folder
     options: dict[str, Any] = {}
@@ -251,14 +275,14 @@ def _load_weights(
         options["quantization_config"] = quant.nf4_config(dtype=dtype, keep=keep)
     if source is not None:
         options |= {"use_safetensors": True, "local_files_only": True}
-    architecture: Any = AutoModelForCausalLM
+    architecture: Any = AutoModelForSequenceClassification if kind.gives_scores else AutoModelForCausalLM
     if source is None:
         architecture = type(meta)
     elif model.trust_remote_code:
         options["trust_remote_code"] = True
     num_bytes = sum(file.stat().st_size for file in set(weights.values()))
     try:
-        with bars_for(num_bytes):
+        with bars_for(num_bytes), score.without_load_report() if kind.gives_scores else nullcontext():
             causal_lm, report = architecture.from_pretrained(
                 source,
                 config=config,
@@ -269,12 +293,13 @@ def _load_weights(
             )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{model.name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - {score.WEIGHT})
     if missing or report["mismatched_keys"]:
         raise ModelError(
             f"{model.name_or_path}: {len(missing)} weights are missing and {len(report['mismatched_keys'])} have "
             f"another shape than config.json says, such as {(missing or sorted(report['mismatched_keys']))[0]}"
         )
+    quant.keep_training_layout(causal_lm)
     if (found.folder / "generation_config.json").is_file() and source is None:
         causal_lm.generation_config = GenerationConfig.from_pretrained(found.folder)
     return causal_lm

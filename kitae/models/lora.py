@@ -54,8 +54,8 @@ class Targets:
 
 def find_targets(causal_lm: Any, wanted: list[str] | str) -> Targets:
     """Resolve lora.target_modules: all-linear, or names of modules; every name must adapt something."""
-    head = causal_lm.get_output_embeddings()
-    linears = [name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    head = _head_modules(causal_lm)
+    linears = [name for name, m in causal_lm.named_modules() if isinstance(m, nn.Linear) and m not in head]
     fused = [
         f"{name}.{parameter}"
         for name, m in causal_lm.named_modules()
@@ -94,16 +94,24 @@ def find_targets(causal_lm: Any, wanted: list[str] | str) -> Targets:
 
 def unquantized(causal_lm: Any) -> list[str]:
     """Modules that 4-bit storage must leave alone: the head, and linears that peft adapts as parameters."""
-    head = causal_lm.get_output_embeddings()
+    head = _head_modules(causal_lm)
     everything = find_targets(causal_lm, "all-linear")
     misread = [n for n in everything.linears if everything.fused and n.rpartition(".")[2] in MISREAD]
-    return [*(name for name, module in causal_lm.named_modules() if module is head), *misread]
+    return [*(name for name, module in causal_lm.named_modules() if module in head), *misread]
 
 
-def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -> Any:
+def _head_modules(causal_lm: Any) -> set[nn.Module]:
+    """The output layer, or a critic's score, with what peft may have put inside it."""
+    head = causal_lm.get_output_embeddings()
+    head = getattr(causal_lm, "score", None) if head is None else head
+    return set() if head is None else set(head.modules())
+
+
+def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype, scores: bool = False) -> Any:
     """Inject a fresh adapter into the model and return peft's wrapper around it.
 
-    Start values depend on lora.init_seed and on each parameter's name only, so every layout starts alike.
+    `scores`: the model is a sequence classifier, whose score head trains whole and is saved with the adapter. Start
+    values depend on lora.init_seed and on each parameter's name only, so every layout starts alike.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -129,11 +137,11 @@ def add_adapter(causal_lm: Any, settings: LoraSettings, *, dtype: torch.dtype) -
         target_parameters=parameters or None,
         bias=settings.bias,
         use_rslora=settings.use_rslora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
-    with _without_peft_chatter():
+    with without_peft_chatter():
         wrapper = get_peft_model(causal_lm, config, autocast_adapter_dtype=False)
-    _finish(causal_lm, dtype)
+    finish(causal_lm, dtype)
     for name, parameter in adapter_parameters(causal_lm):
         _initialise_(name, parameter, settings.init_seed)
     missing = _count(targets) - Counter(_adapted_kind(name) for name, _ in _adapted(causal_lm))
@@ -153,19 +161,19 @@ def load_adapter(
     """
     from peft import PeftModel
 
-    with _without_peft_chatter():
+    with without_peft_chatter():
         wrapper = PeftModel.from_pretrained(
             causal_lm, folder, adapter_name=ADAPTER, is_trainable=trainable, autocast_adapter_dtype=False
         )
         if trainable:
             wrapper.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
             wrapper.set_adapter(ADAPTER)
-    _finish(causal_lm, dtype)
+    finish(causal_lm, dtype)
     return wrapper, REFERENCE if trainable else None
 
 
 @contextmanager
-def _without_peft_chatter() -> Iterator[None]:
+def without_peft_chatter() -> Iterator[None]:
     """Inside it peft's use of a name that transformers renamed is not told to the user, who cannot change it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -281,7 +289,7 @@ def _shortest(chosen: list[str], everything: list[str], *, parts: int) -> list[s
     return sorted({n if short[n] in too_wide else short[n] for n in chosen})
 
 
-def _finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
+def finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
     """Compute adapters in the policy's precision, and parameter adapters as two thin products."""
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -350,9 +358,9 @@ def _adapted(causal_lm: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _candidates(causal_lm: Any) -> Iterator[str]:
     """Names of everything an adapter could be put on, adapted or not."""
-    head = causal_lm.get_output_embeddings()
+    head = _head_modules(causal_lm)
     for name, module in causal_lm.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name:
+        if isinstance(module, nn.Linear) and module not in head and ".lora_" not in name:
             yield name
         elif experts.is_plain(module):
             yield f"{name}.gate_up_proj"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from kitae.models import heads
 from kitae.models.families import GENERIC, Family
 from kitae.models.seams import AttentionCache, scaled_logits
 from kitae.types import Batch, Packing, TokenOutputs
+
+VALUE_HEAD = "value_head"
+"""Name inside causal_lm of a shared critic's head (models/value_head.py)."""
 
 
 class Policy(nn.Module):
@@ -51,8 +54,16 @@ class Policy(nn.Module):
         self.base_name = base_name
         """What an adapter's file says its base model is."""
 
+    gives_scores: ClassVar[bool] = False
+    """Whether the transformers model is a sequence classifier, which has a score for a head (models/critic.py)."""
     peft: Any
     """peft's wrapper around causal_lm, or None without an adapter."""
+
+    @property
+    def value_head(self) -> nn.Linear | None:
+        """The head of a critic that shares the policy's layers, where there is one."""
+        head: nn.Linear | None = getattr(self.causal_lm, VALUE_HEAD, None)
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -71,17 +82,37 @@ class Policy(nn.Module):
 
         Both are of logits over batch.temperature, renormalised over batch.kept_ids_N. `coefficients_N` is
         d loss / d logprob where it is known ahead (a linear loss): the head's gradient is then computed right away.
+        A value head adds the values of the states in which the targets were chosen, batch.teacher the divergence from it.
         """
+        hidden_NH = self.predicting(batch)
+        if batch.teacher is None:
+            return self._said(batch, hidden_NH, with_entropy=with_entropy, coefficients_N=coefficients_N)
+        out = batch.teacher.compare(self, batch, hidden_NH)
+        return out if not with_entropy else out._replace(entropy_N=self._said(batch, hidden_NH).entropy_N)
+
+    def predicting(self, batch: Batch) -> Tensor:
+        """Hidden states [N, H] that the batch's predictions are made from."""
         device = self.device
-        targets_N = batch.targets_N.to(device)
         hidden_TH = self.hidden(batch.input_ids_T.to(device), batch.positions_T.to(device), batch.packing)
-        hidden_NH = hidden_TH.index_select(0, batch.source_N.to(device))
+        return hidden_TH.index_select(0, batch.source_N.to(device))
+
+    def _said(
+        self,
+        batch: Batch,
+        hidden_NH: Tensor,
+        *,
+        with_entropy: bool = True,
+        coefficients_N: Tensor | None = None,
+    ) -> TokenOutputs:
+        device = hidden_NH.device
+        targets_N = batch.targets_N.to(device)
+        values_N = None if self.value_head is None else self.value_head(hidden_NH.float()).squeeze(-1)
         kept = None if batch.kept_ids_N is None else heads.Kept.of(batch.kept_ids_N, targets_N)
         if not self.seams.head:
             logprobs_N, entropy_N = heads.plain_logprobs(
                 self.logits(hidden_NH), targets_N, temperature=batch.temperature, kept=kept
             )
-            return _outputs(batch, logprobs_N, entropy_N if with_entropy else None)
+            return _outputs(batch, logprobs_N, entropy_N if with_entropy else None, values_N)
         head = self.causal_lm.get_output_embeddings()
         logprobs_N, chunked_entropy_N = heads.chunked_logprobs(
             hidden_NH,
@@ -93,7 +124,7 @@ class Policy(nn.Module):
             with_entropy=with_entropy,
             coefficients_N=None if coefficients_N is None else coefficients_N.to(device),
         )
-        return _outputs(batch, logprobs_N, chunked_entropy_N)
+        return _outputs(batch, logprobs_N, chunked_entropy_N, values_N)
 
     def hidden(
         self,
@@ -171,6 +202,8 @@ class Policy(nn.Module):
         return torch.cat([*hidden, hidden[0].new_zeros(padding, hidden[0].shape[-1])])
 
 
-def _outputs(batch: Batch, logprobs_N: Tensor, entropy_N: Tensor | None) -> TokenOutputs:
+def _outputs(
+    batch: Batch, logprobs_N: Tensor, entropy_N: Tensor | None, values_N: Tensor | None
+) -> TokenOutputs:
     row_N = batch.row_N.to(logprobs_N.device)
-    return TokenOutputs(logprobs_N, entropy_N, row_N=row_N, num_rows=batch.num_rows)
+    return TokenOutputs(logprobs_N, entropy_N, values_N, row_N=row_N, num_rows=batch.num_rows)

@@ -34,6 +34,17 @@ def nf4_config(*, dtype: torch.dtype, keep: Iterable[str]) -> Any:
     )
 
 
+def keep_training_layout(causal_lm: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights when a model in eval mode runs on a CPU with avx512_bf16.
+
+    The packed weights give other numbers (scales rounded to bfloat16), and once packed they let no gradient through, in
+    training mode either: a run that evaluates or samples would go on training with wrong gradients.
+    """
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def require_bitsandbytes(what: str) -> None:
     """Say how to install what 4-bit weights need."""
     if importlib.util.find_spec("bitsandbytes") is None:

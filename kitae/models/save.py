@@ -11,7 +11,7 @@ from torch import Tensor
 from kitae.errors import ModelError
 from kitae.models.bars import bars_for
 from kitae.models.lora import ADAPTER
-from kitae.models.policy import Policy
+from kitae.models.policy import VALUE_HEAD, Policy
 
 
 def save_policy(
@@ -27,10 +27,11 @@ def save_policy(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in (tensors or {}).items() if not _is_value_head(name)}
     if policy.peft is not None:
-        _save_adapter(policy, folder, tensors or {})
+        _save_adapter(policy, folder, tensors)
     else:
-        _save_model(policy, folder, tensors or {}, int(max_shard_gib * 2**30))
+        _save_model(policy, folder, tensors, int(max_shard_gib * 2**30))
     return sorted(p for p in folder.iterdir() if p.is_file())
 
 
@@ -41,7 +42,7 @@ def _save_model(policy: Policy, folder: Path, tensors: Mapping[str, Tensor], max
     # Not state_dict's list: there a tied head would keep its old values under a second name.
     persistent = set(causal_lm.state_dict().keys())
     state = {name: value for name, value in causal_lm.named_buffers() if name in persistent}
-    state |= dict(causal_lm.named_parameters())
+    state |= {n: p for n, p in causal_lm.named_parameters() if not _is_value_head(n)}
     _check_names(tensors, state)
     state |= tensors
     parameters = {name for name, _ in causal_lm.named_parameters()}
@@ -55,14 +56,23 @@ def _save_model(policy: Policy, folder: Path, tensors: Mapping[str, Tensor], max
 
 def _save_adapter(policy: Policy, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     state = {n: p for n, p in policy.causal_lm.named_parameters() if p.requires_grad or f".{ADAPTER}." in n}
+    state = {n: p for n, p in state.items() if not _is_value_head(n)}
     _check_names(tensors, state)
     prefix = "base_model.model."
-    whole = {prefix + n: _plain(v, policy.dtype) for n, v in {**state, **tensors}.items()}
+    narrow = state.keys() - policy.float32_names
+    whole = {
+        prefix + n: _plain(v, policy.dtype if n in narrow else None) for n, v in {**state, **tensors}.items()
+    }
     config = policy.peft.peft_config[ADAPTER]
     config.base_model_name_or_path = policy.base_name
     policy.peft.save_pretrained(
         folder, selected_adapters=[ADAPTER], state_dict=whole, save_embedding_layers=False
     )
+
+
+def _is_value_head(name: str) -> bool:
+    """Whether a parameter belongs to a shared critic's head, which models/value_head.py writes."""
+    return name.startswith(f"{VALUE_HEAD}.")
 
 
 def _check_names(tensors: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:

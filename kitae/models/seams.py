@@ -58,8 +58,10 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     AttentionInterface.register(NAME, _attention)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts.experts_forward)
     plain_TH = None
+    has_logits = causal_lm.get_output_embeddings() is not None  # a critic has a score instead
     if not family.is_tested:
-        _require_known_logits(causal_lm)
+        if has_logits:
+            _require_known_logits(causal_lm)
         plain_TH = _plain_hidden(causal_lm)
     use_experts = _install_experts(causal_lm, settings, plain_TH)
     reason = _why_own_attention(causal_lm.config)
@@ -69,7 +71,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     if settings.attention and not use_attention:
         log.info("attention seam off, one row per forward: %s (%s)", reason, causal_lm.config.model_type)
     use_head = settings.head and has_plain_head(causal_lm)
-    if settings.head and not use_head:
+    if settings.head and has_logits and not use_head:
         log.info("head seam off: %s scales, caps or adapts its logits", causal_lm.config.model_type)
     if settings.rmsnorm:
         fuse_rmsnorms(causal_lm)

@@ -94,17 +94,26 @@ class FrozenModel:
 
 
 class Reference:
-    """The frozen model that a KL term pulls towards."""
+    """The frozen model that a KL term pulls towards, or any other that gives a round's tokens a stream of log-probs."""
 
-    def __init__(self, scorer: Scorer, *, collate: Callable[..., list[Batch]]) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        collate: Callable[..., list[Batch]],
+        stream: str = "ref_logprobs",
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
         """`collate(rows, temperature=...)` lays rows out as the training passes are."""
-        self._scorer, self._collate = scorer, collate
+        self._scorer, self._collate, self._stream = scorer, collate, stream
+        self.renew = renew
+        """Lets the policy as it is now be the reference."""
 
     def annotate(self, groups: list[list[Row]], *, temperature: float) -> list[list[Row]]:
-        """The groups with a stream ref_logprobs, scored at the temperature they were sampled at."""
+        """The groups with one more stream, scored at the temperature they were sampled at."""
         rows = [row for group in groups for row in group]
         batches = self._collate(rows, temperature=temperature)
-        scored = iter(with_stream(rows, "ref_logprobs", batches, self._scorer.logprobs(batches)))
+        scored = iter(with_stream(rows, self._stream, batches, self._scorer.logprobs(batches)))
         return [[next(scored) for _ in group] for group in groups]
 
 

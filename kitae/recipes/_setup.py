@@ -20,15 +20,17 @@ import torch
 
 from kitae import backends
 from kitae.algos.losses import LossFn
-from kitae.config import ModelSettings, RewardSettings, RolloutSettings
+from kitae.config import GroupRolloutSettings, ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
 from kitae.data.loader import Loader
 from kitae.data.mixing import Mixture, hold_out
+from kitae.data.pairs import RenderedPairs, WithMismatched
 from kitae.data.problems import RenderedProblems
 from kitae.data.rendered import RenderedRows
 from kitae.data.sources import Dataset, open_dataset
 from kitae.errors import NonFiniteError
+from kitae.models import frozen
 from kitae.models.estimate import MOMENT_BYTES
 from kitae.models.load import load_policy
 from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
@@ -36,6 +38,7 @@ from kitae.models.policy import Policy
 from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
+from kitae.recipes._prompts import Prompts
 from kitae.recipes._sampling import (
     FrozenModel,
     Groups,
@@ -46,8 +49,10 @@ from kitae.recipes._sampling import (
     sample_records,
     summarise,
 )
+from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.generic import GenericEngine
+from kitae.train.difficulty import Difficulty
 from kitae.train.learner import Learner
 from kitae.train.progress import Ticker, as_text
 from kitae.train.run import Run
@@ -67,7 +72,9 @@ class Setup:
         self.cfg, self.world, self.run, self.template = cfg, world, run, template
         self._learner: Learner | None = None
         self._mixture: Mixture[Any] | None = None
+        self._difficulty: Difficulty | None = None
         self._pools: list[RewardPool] = []
+        self._also_saved: list[Callable[[Path], None]] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
         self._has_checked_adapters = False
@@ -81,6 +88,12 @@ class Setup:
                 self._learner.policy, folder, tensors=tensors, max_shard_gib=self.cfg.save.max_shard_gib
             )
             self.template.save(folder)
+        for save in self._also_saved:
+            save(folder)
+
+    def also_save(self, save: Callable[[Path], None]) -> None:
+        """Something to be written beside the final model, in the same folder; every rank calls `save(folder)`."""
+        self._also_saved.append(save)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -93,13 +106,13 @@ class Setup:
 
     @property
     def _model(self) -> ModelSettings:
-        """The model's settings, on this rank's own device."""
-        model: ModelSettings = self.cfg.model
-        return (
-            model
-            if self.world.device.type == "cpu"
-            else model.model_copy(update={"device": str(self.world.device)})
-        )
+        return self.on_device(self.cfg.model)
+
+    def on_device(self, model: ModelSettings) -> ModelSettings:
+        """A model's settings, on this rank's own device."""
+        if self.world.device.type == "cpu":
+            return model
+        return model.model_copy(update={"device": str(self.world.device)})
 
     # data -----------------------------------------------------------------------------------------------------
 
@@ -137,6 +150,43 @@ class Setup:
         rendered = [render(source, start) for source, start in zip(sources, starts, strict=False)]
         return self._mixed(rendered), held_out and render(held_out)
 
+    def pairs(
+        self, *, max_length: int, max_prompt_length: int | None = None
+    ) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
+        """Training and evaluation pairs, `[chosen, rejected]` each; evaluation is None where none was asked for."""
+
+        def render(dataset: Sequence[Any], use: str = "training") -> RenderedPairs:
+            return self._rendered_pairs(dataset, max_length, max_prompt_length, use=use)
+
+        sources, held_out = self._sources(purpose="pairs")
+        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
+
+    def labelled(
+        self, *, max_length: int, max_prompt_length: int | None = None
+    ) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
+        """The same as labelled completions, each followed by its prompt with another prompt's completion."""
+
+        def render(dataset: Sequence[Any], use: str = "training") -> WithMismatched:
+            items = self._rendered_pairs(dataset, max_length, max_prompt_length, use=use, as_labels=True)
+            return WithMismatched(items, max_length=max_length)
+
+        sources, held_out = self._sources(purpose="labels")
+        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
+
+    def _rendered_pairs(
+        self, dataset: Sequence[Any], max_length: int, max_prompt_length: int | None, **how: Any
+    ) -> RenderedPairs:
+        # **how: the other keyword arguments of RenderedPairs.
+        return RenderedPairs(
+            dataset,
+            template=self.template,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            skip_bad=self._skips_bad_rows,
+            on_progress=Ticker("pairs rendered", total=len(dataset)),
+            **how,
+        )
+
     def loader(self, items: Sequence[Any], *, items_per_step: int) -> Loader[Any]:
         """Walks through items in the order of the seed, this rank's share of each step; part of every checkpoint."""
         loader = Loader(
@@ -150,6 +200,28 @@ class Setup:
         )
         self.run.track("loader", loader)
         return loader
+
+    def prompts(self, problems: Sequence[Problem], *, rollout: GroupRolloutSettings) -> Prompts:
+        """The prompts of each round; from here on report_round counts how hard each problem is (difficulty.jsonl)."""
+        loader = self.loader(problems, items_per_step=rollout.prompts_per_round)
+        self._difficulty = Difficulty(right_from=reasoning.RIGHT_ANSWER if self._is_reasoning else 1.0)
+        self.run.track("difficulty", self._difficulty)
+        mixture = self._mixture
+        spares = Loader(
+            range(len(problems)),
+            items_per_step=1,
+            seed=self.cfg.train.seed + 1,
+            # An order that no epoch of the loader has.
+            order=None if mixture is None else lambda epoch: mixture.order(epoch + 1_000_003),
+        )
+        self.run.track("spares", spares)
+        return Prompts(
+            problems,
+            loader=loader,
+            spares=spares,
+            world=self.world,
+            curriculum=self._difficulty if rollout.curriculum == "pass_rate" else None,
+        )
 
     def total_steps(self, *, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run: train.max_steps, or the epochs' worth."""
@@ -194,10 +266,13 @@ class Setup:
 
     # model ----------------------------------------------------------------------------------------------------
 
-    def learner(self, *, total_steps: int) -> Learner:
-        """Load the policy, spread it over the ranks, and give it an optimizer; part of every checkpoint."""
+    def learner(self, *, total_steps: int, load: Callable[..., Policy] = load_policy) -> Learner:
+        """Load the policy, spread it over the ranks, and give it an optimizer; part of every checkpoint.
+
+        `load` is called as load_policy, for a model of another kind.
+        """
         ranks = self.world.world_size
-        policy = load_policy(self._model, lora=self.cfg.lora, optimizer=self.cfg.optim.name, ranks=ranks)
+        policy = load(self._model, lora=self.cfg.lora, optimizer=self.cfg.optim.name, ranks=ranks)
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)
@@ -268,14 +343,33 @@ class Setup:
         path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
         log.error("the %d rows of step %d on rank %d are in %s", len(rows), step, self.world.rank, path)
 
-    def reference(self, learner: Learner, *, rows_per_forward: int) -> Reference:
-        """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy."""
+    def reference(
+        self, learner: Learner, *, rows_per_forward: int, is_renewed: bool = False
+    ) -> Reference:
+        """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy.
+
+        `is_renewed`: its renew() will be called, so its weights belong to checkpoints. A LoRA policy then was loaded with
+        frozen.load_keeping_start.
+        """
+        policy, scorer = learner.policy, learner.without_adapter()
         lay_out = partial(self.collate, rows_per_forward=rows_per_forward)
-        if learner.policy.peft is not None:
-            return Reference(learner.without_adapter(), collate=lay_out)
-        frozen = load_policy(self._model, trainable=False, ranks=self.world.world_size)
-        fsdp.shard(frozen, self.world)
-        return Reference(FrozenModel(frozen, world=self.world), collate=lay_out)
+        if policy.peft is not None:
+            holder, pairs = policy, frozen.adapter_pairs(policy) if is_renewed else []
+        else:
+            holder = load_policy(self._model, trainable=False, ranks=self.world.world_size)
+            fsdp.shard(holder, self.world)
+            scorer, pairs = FrozenModel(holder, world=self.world), frozen.model_pairs(holder, policy)
+        if not is_renewed:
+            return Reference(scorer, collate=lay_out)
+        weights = frozen.RenewedWeights(pairs)
+        self.run.track("reference", weights)
+
+        def renew() -> None:
+            fsdp.drop_gathered(policy)
+            weights.renew()
+            fsdp.drop_gathered(holder)
+
+        return Reference(scorer, collate=lay_out, renew=renew)
 
     # sampling and judging -------------------------------------------------------------------------------------
 
@@ -348,8 +442,13 @@ class Setup:
 
     def report_round(self, step: int, groups: Groups, scores: Scores) -> dict[str, float]:
         """A round's metrics under rollout/; every completion of every rank goes to samples.jsonl."""
-        records = self.world.gather_json(sample_records(groups, scores))
-        self.run.samples(step, [record for own in records for record in own])
+        gathered = self.world.gather_json(sample_records(groups, scores))
+        records = [record for own in gathered for record in own]
+        self.run.samples(step, records)
+        if self._difficulty is not None:
+            self._difficulty.see(step, records)
+            if self.world.is_main:
+                self._difficulty.write(self.run.output_dir / "difficulty.jsonl")
         found = summarise(groups, scores, world=self.world, is_reasoning=self._is_reasoning)
         return {f"rollout/{name}": value for name, value in found.items()}
 
@@ -358,7 +457,8 @@ class Setup:
         """Log the seconds spent inside as time/<name>_s of this step."""
         began = time.perf_counter()
         yield
-        self._seconds[f"time/{name}_s"] = time.perf_counter() - began
+        key = f"time/{name}_s"
+        self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - began
 
     def train_metrics(self, metrics: dict[str, float], batches: Sequence[Batch]) -> dict[str, float]:
         """The Learner's metrics under train/, with tokens per second and the share of padding, over all ranks."""

@@ -3,12 +3,11 @@
     prompts -> rollouts -> rewards -> advantages -> rows -> batches -> loss -> gradient -> new weights
 
 Papers: arXiv:2402.03300 (GRPO), arXiv:2501.12948 (rule rewards), arXiv:2503.14476 (DAPO), arXiv:2503.20783
-(Dr. GRPO).
+(Dr. GRPO). Other variants are settings too; what they do lies in recipes/_variants.py and recipes/_prompts.py.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -16,6 +15,7 @@ from pydantic import Field
 from kitae.config import (
     DataSettings,
     EvalSettings,
+    GroupRolloutSettings,
     LogSettings,
     LoraSettings,
     ModelSettings,
@@ -39,14 +39,30 @@ class GRPOSettings(Section):
 
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the k3 KL penalty to the reference model; 0 loads none."""
+    ref_refresh_rounds: int = Field(0, ge=0)
+    """Every so many rounds the reference becomes the policy as it then is; 0 keeps the run's start."""
     clip_low: float = Field(0.2, ge=0, lt=1)
     """How far the ratio to the sampling policy may fall before its gradient is cut."""
     clip_high: float = Field(0.2, ge=0)
     """How far the ratio may rise; larger than clip_low explores more (DAPO)."""
     average: Literal["token", "sequence", "constant"] = "token"
     """What a step averages over: tokens (DAPO), completions (GRPO as published), or a constant (Dr. GRPO)."""
-    scale_by_std: bool = True
-    """Divide advantages by the group's standard deviation; false is Dr. GRPO."""
+    advantage: Literal["group", "rloo", "reinforce++"] = "group"
+    """The baseline: the group's mean, the mean of the others in the group (RLOO), or the group's mean and then normalised over
+    the round (REINFORCE++)."""
+    scale_by_std: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group's rewards, of the round's (batch), or not (none: Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Compare policies token by token, or by the mean over a completion (GSPO; clip_low and clip_high are then tiny)."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """clip cuts the gradient of a ratio out of bounds; cispo keeps every token's and bounds its weight by 1 + clip_high."""
+    dual_clip: float = Field(0.0, ge=0)
+    """Largest ratio with which a worse completion is pushed down; 0 sets no bound, 3 is usual."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of a bonus for the entropy of each token's distribution; more explores longer."""
+    is_cap: float = Field(0.0, ge=0)
+    """Largest weight that corrects for a sampler computing otherwise than the learner, which then scores each round itself; 0
+    takes the sampler's log-probs as they are, 2 is usual."""
 
 
 class Settings(Section):
@@ -60,10 +76,12 @@ class Settings(Section):
     """Replace a run that is already in output_dir."""
     allow_inexact: bool = False
     """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
+    loss: str = ""
+    """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: GroupRolloutSettings = GroupRolloutSettings()
     reward: RewardSettings = RewardSettings()
     grpo: GRPOSettings = GRPOSettings()
     train: TrainSettings = TrainSettings()

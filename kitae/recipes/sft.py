@@ -34,6 +34,8 @@ class Settings(Section):
     """Replace a run that is already in output_dir."""
     allow_inexact: bool = False
     """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
+    loss: str = ""
+    """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
     data: DataSettings = DataSettings()
@@ -47,7 +49,9 @@ class Settings(Section):
 def train(cfg: Settings, setup: Setup) -> None:
     """Train on rendered rows; the step's result depends on rows per step, not on how they are cut into passes."""
     from kitae.algos import averaging, losses
+    from kitae.recipes._losses import chosen_loss
 
+    loss_fn = chosen_loss(cfg.loss, default=losses.cross_entropy, produces=[])
     rows, held_out = setup.rendered_rows(max_length=cfg.data.max_length)
     rows_per_forward = cfg.train.per_device_train_batch_size
     rows_per_step = rows_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
@@ -64,5 +68,5 @@ def train(cfg: Settings, setup: Setup) -> None:
         batches = setup.collate(weighed, rows_per_forward=rows_per_forward)
 
         # 3. Gradient, then update.
-        metrics = setup.update(learner, batches, losses.cross_entropy, denominator=denominator)
+        metrics = setup.update(learner, batches, loss_fn, denominator=denominator)
         setup.run.log(step, setup.train_metrics(metrics, batches))

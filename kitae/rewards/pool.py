@@ -87,9 +87,11 @@ class RewardPool:
             return Score(reply["value"], reply["reason"])
         if "exhausted" in reply and self._nursery.out_of_budget is not None:
             return Score(self._nursery.out_of_budget, reply["exhausted"])
-        return self._unscored(
-            reply.get("error") or f"ran into its limit: {reply['exhausted']}", text, problem
-        )
+        what, remedy = reply.get("error") or f"ran into its limit: {reply['exhausted']}", "mend the function"
+        if reply.get("exhausted") == TIMEOUT:
+            what = f"took longer than reward.timeout_s = {self.settings.timeout_s:g} s"
+            remedy = "make the function faster, raise reward.timeout_s"
+        return self._unscored(what, text, problem, remedy=remedy)
 
     def _compare(self, pair: tuple[str, str]) -> Score:
         answer, gold = pair
@@ -109,13 +111,13 @@ class RewardPool:
         finally:
             self._idle.put(worker)
 
-    def _unscored(self, what: str, text: str, problem: Problem) -> Score:
+    def _unscored(self, what: str, text: str, problem: Problem, *, remedy: str) -> Score:
         name = self.settings.function
         if self.settings.on_error == "mask" or self._nursery.is_builtin:
             return Score(None, f"{name} {what}")
         raise RewardError(
             f"the reward function {name} {what}, for row {problem.index} (prompt {_excerpt(problem.prompt)}, "
-            f"answer {_excerpt(problem.answer)}) and completion {_excerpt(text)}; mend the function, or set "
+            f"answer {_excerpt(problem.answer)}) and completion {_excerpt(text)}; {remedy}, or set "
             f"reward.on_error = mask to leave such completions out and count them"
         )
 

@@ -20,7 +20,7 @@ Convert = Callable[[Any], Any]
 HF, NOTEBOOK, KITAE = "Hugging Face", "notebook", "kitae"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
 SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
-USE = ("evaluate", "generate", "chat")
+USE = ("evaluate", "generate", "chat", "sample")
 
 
 PLUGIN = "warns: ranks shard by FSDP2 by themselves, nothing to choose; zero2_cpu: offload is not there yet"
@@ -480,7 +480,9 @@ def _notebook() -> list[Alias]:
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
-        _Writer(KITAE, ("evaluate", "generate", "compare")).maps("--json", "json_file"),
+        _Writer(KITAE, ("evaluate", "generate", "compare", "sample")).maps("--json", "json_file"),
+        _Writer(HF, ("sample",)).maps("--num_generations --num_return_sequences", "n"),
+        _Writer(HF, ("sample",)).maps("--output_file", "output"),
         a.maps("--model_name_or_path", "model"),
         a.maps("--model_revision", "revision"),
         a.maps("--tokenizer_name --tokenizer_name_or_path --tokenizer_dir", "tokenizer"),

@@ -98,14 +98,22 @@ def save(folder: Path, *, step: int, state: State, identity: Mapping[str, Any], 
     return final
 
 
-def require_space(folder: Path, state: State, *, world: World, factor: float = 2.2) -> None:
-    """Refuse a run whose disk cannot hold the checkpoint it will write beside the one it replaces."""
-    needed = int(factor * sum(world.gather_json(_size(*pack(state)))))
+def require_space(
+    folder: Path, state: State, *, world: World, grows_by: int = 0, is_one_kept: bool = False
+) -> None:
+    """Refuse a run whose disk cannot hold a checkpoint beside the one it replaces, with a tenth to spare.
+
+    `grows_by` is how many bytes larger than `state` this rank's share of a checkpoint will be; is_one_kept: the one to
+    be replaced is on the disk already.
+    """
+    size = sum(world.gather_json(_size(*pack(state)) + grows_by))
+    needed = int((1.1 if is_one_kept else 2.2) * size)
     free = world.broadcast_json(free_bytes(folder) if world.is_main else None)
     if free is not None and free < needed:
         raise RunDirError(
-            f"disk too small: need {human(needed)} for checkpoints, have {human(free)} at {folder}; "
-            "make space or choose another output_dir"
+            f"disk too small: need {human(needed)} for checkpoints, have {human(free)} at {folder}. One checkpoint "
+            f"takes {human(size)}, and a new one is written before an old one is removed; make space, set output_dir "
+            "to a larger disk, or make checkpoints smaller: lora.rank for adapters, or optim.name = adafactor"
         )
 
 

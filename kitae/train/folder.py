@@ -1,7 +1,7 @@
 """The run directory as a place: may it be used, who holds it, what in it is ours.
 
 The directory is the interface to every other program (docs/architecture.md): the final model at its top, beside it
-run.json status.json exit.json train.log metrics.jsonl events.jsonl samples.jsonl resources.jsonl tensorboard/
+run.json status.json exit.json train.log metrics.jsonl events.jsonl samples.jsonl difficulty.jsonl resources.jsonl tensorboard/
 checkpoints/, and `lock`, which the running process holds.
 """
 
@@ -24,20 +24,19 @@ from kitae.errors import ConfigError, LockedError, RunDirError
 from kitae.train.files import (
     disk_errors,
     explain,
-    free_bytes,
-    human,
     read_json,
     sync_folder,
     sync_tree,
     write_all,
     write_json,
 )
+from kitae.train.logs import LOG_FILES
 
 logger = logging.getLogger(__name__)
 
 OURS = (
-    "run.json", "status.json", "exit.json", "final.json", "lock", "train.log", "metrics.jsonl", "events.jsonl",
-    "samples.jsonl", "resources.jsonl", "tensorboard", "checkpoints", "wandb",
+    "run.json", "status.json", "exit.json", "final.json", "lock", *LOG_FILES, "metrics.jsonl", "events.jsonl",
+    "samples.jsonl", "difficulty.jsonl", "resources.jsonl", "tensorboard", "checkpoints", "wandb",
 )  # fmt: skip
 SUPERVISORS = ("alive", "stdout.log", "stderr.log")
 """What a supervisor that starts the run may have put there before."""
@@ -92,12 +91,12 @@ def is_run(folder: Path) -> bool:
     return "kitae_version" in (read_json(folder / "run.json") or {})
 
 
-def claim(folder: Path, *, resume: bool, overwrite: bool, checkpoint_bytes: int, model: str | None) -> Lock:
+def claim(folder: Path, *, resume: bool, overwrite: bool, model: str | None) -> Lock:
     """Make sure a run may write to `folder`, create it, and lock it.
 
     A folder with anything in it is refused, except: with resume, a run; with overwrite, a run, whose own files are
-    then removed; a run that ended before its first step and left only logs. checkpoint_bytes is the estimated size
-    of one checkpoint, 0 if unknown; `model` is what will be loaded, which must not be removed here.
+    then removed; a run that ended before its first step and left only logs. `model` is what will be loaded, which
+    must not be removed here.
     """
     if resume and overwrite:
         raise ConfigError(
@@ -116,7 +115,6 @@ def claim(folder: Path, *, resume: bool, overwrite: bool, checkpoint_bytes: int,
     except (OSError, RuntimeError) as error:
         raise _unusable(folder, error) from error
     try:
-        _require_free(folder, checkpoint_bytes)
         if overwrite:
             _require_other_model(folder, model)
             with disk_errors(folder):
@@ -196,15 +194,6 @@ def publish(aside: Path, *, step: int, is_best: bool) -> None:
     aside.rmdir()
     sync_folder(folder)
     write_json(folder / "final.json", {**final, "files": sorted(names)})
-
-
-def _require_free(folder: Path, checkpoint_bytes: int) -> None:
-    free, needed = free_bytes(folder), int(2.2 * checkpoint_bytes)
-    if free is not None and free < needed:
-        raise RunDirError(
-            f"disk too small: need {human(needed)} for checkpoints, have {human(free)} at {folder}; "
-            "make space or choose another output_dir"
-        )
 
 
 def _require_other_model(folder: Path, model: str | None) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -62,13 +62,14 @@ class Learner:
         """Add the gradient of loss_fn over all batches of all ranks, divided by the sum of all denominators.
 
         `batches` and `denominator` are this rank's share, possibly none and 0. Returns "loss", the loss's own metrics
-        and, where asked for, "entropy": each its sum over the denominator, the same on every rank. Several calls
-        before optim_step add up.
+        and, where asked for (or where the loss has `needs_entropy`), "entropy": each its sum over the denominator, the
+        same on every rank. Several calls before optim_step add up.
         """
         shares = self.world.gather_json([denominator, len(batches)])
         total = sum(share for share, _ in shares)
         scale = 1.0 / total if total else 0.0
         before = self.flat.grad.clone() if self._has_gradient else None
+        with_entropy = with_entropy or getattr(loss_fn, "needs_entropy", False)
 
         def one_pass(batch: Batch) -> dict[str, Tensor]:
             return self._one_pass(batch, loss_fn, scale=scale, with_entropy=with_entropy)
@@ -82,7 +83,8 @@ class Learner:
         sums = self._passes.run(batches, one_pass, start_again=start_again)
         for _ in range(max(passes for _, passes in shares) - len(batches)):
             out = self.policy(empty_batch())  # takes part in the others' collectives
-            torch.autograd.backward((out.logprobs_N * 0.0).sum())
+            said = torch.cat([x for x in (out.logprobs_N, out.values_N) if x is not None])
+            torch.autograd.backward((said * 0.0).sum())
         self._has_gradient = True
         return self._metrics(sums, scale=scale)
 
@@ -115,6 +117,10 @@ class Learner:
     def logprobs(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Log-probabilities of each batch's predictions, without gradient and dropout."""
         return self._score(batches, lambda out: out.logprobs_N)
+
+    def values(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """A critic's values at each batch's predictions, likewise."""
+        return self._score(batches, lambda out: cast(Tensor, out.values_N))
 
     def _score(self, batches: Sequence[Batch], field: Callable[[TokenOutputs], Tensor]) -> list[Tensor]:
         """One field of the outputs of each batch; ranks with fewer batches take part with empty ones."""

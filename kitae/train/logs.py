@@ -1,8 +1,12 @@
-"""train.log: one line per event, secrets masked, control characters written out; tracebacks go here only."""
+"""train.log: one line per event, secrets masked, control characters written out; tracebacks go here only.
+
+A log that has become large is renamed to train.log.1, that one to train.log.2, and the oldest is removed.
+"""
 
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import re
 from pathlib import Path
 
@@ -11,6 +15,8 @@ from rich.console import Console
 from kitae.train.files import disk_errors
 from kitae.train.progress import ConsoleHandler
 
+MAX_LOG_BYTES, LOGS_KEPT = 50 * 2**20, 3
+LOG_FILES = ("train.log", *(f"train.log.{number}" for number in range(1, LOGS_KEPT + 1)))
 FILE_ONLY = {"is_file_only": True}
 """As a log call's `extra`: for train.log, not for the terminal (progress lines, tracebacks)."""
 SECRET = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|(?<=Bearer )[\w.~+/=-]{8,}|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
@@ -29,7 +35,7 @@ class Clean(logging.Formatter):
         return super().formatMessage(record)
 
 
-class LogFile(logging.FileHandler):
+class LogFile(logging.handlers.RotatingFileHandler):
     """train.log; a line that the disk refuses is said once on the terminal and costs the run nothing."""
 
     is_broken = False
@@ -51,7 +57,13 @@ class RunLog:
             self._logger.setLevel(logging.ERROR)
             return
         with disk_errors(folder / "train.log"):
-            file = LogFile(folder / "train.log", encoding="utf-8", errors="backslashreplace")
+            file = LogFile(
+                folder / LOG_FILES[0],
+                maxBytes=MAX_LOG_BYTES,
+                backupCount=LOGS_KEPT,
+                encoding="utf-8",
+                errors="backslashreplace",
+            )
         file.setFormatter(Clean("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(file)
         if not self._logger.handlers:  # nobody prints kitae's lines yet

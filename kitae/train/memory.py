@@ -10,6 +10,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -115,13 +116,14 @@ def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
 
 def split_batch(batch: Batch) -> list[Batch]:
     """The same rows in two forward passes; predictions keep their order."""
-    return collate(
+    halves = collate(
         batch.rows,
         rows_per_forward=-(-_num_units(batch) // 2) * batch.rows_per_unit,
         share_prompts=any(segment.prefix_length for segment in batch.packing.segments),
         temperature=batch.temperature,
         rows_per_unit=batch.rows_per_unit,
     )
+    return [replace(half, teacher=batch.teacher) for half in halves]
 
 
 def _num_units(batch: Batch) -> int:

@@ -16,16 +16,18 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from kitae.config import LogSettings
-from kitae.errors import MissingExtraError
+from kitae.errors import ConfigError, MissingExtraError
 from kitae.train.files import JsonLines, disk_errors
 
 logger = logging.getLogger(__name__)
 
+WANDB_TIMEOUT_S = 60
+"""How long Weights & Biases may take to start; without a network it never would."""
 LATEST = ("train/learning_rate", "train/epoch", "rollout/temperature")
 """Metrics of which a line shows the latest value; of all others it shows the mean since the last line."""
 
@@ -149,27 +151,41 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; without a login it writes offline files that `wandb sync` uploads later."""
+    """Weights & Biases; without a login it writes offline files that `wandb sync` uploads later.
+
+    Where it cannot start, the run does not either; what fails later is said once and costs the run nothing.
+    """
 
     def __init__(
         self, folder: Path, *, settings: LogSettings, name: str, run_id: str, config: dict[str, Any]
     ) -> None:
-        wandb = importlib.import_module("wandb")
-        is_offline = "WANDB_MODE" not in os.environ and not wandb.api.api_key
-        if is_offline:
-            logger.warning("no Weights & Biases login found: writing offline, upload later with `wandb sync`")
-        self._run = wandb.init(
-            project=settings.wandb_project,
-            name=name,
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            config=config,
-            mode="offline" if is_offline else None,
-        )
+        self._is_broken = False
+        try:
+            wandb = importlib.import_module("wandb")
+            is_offline = "WANDB_MODE" not in os.environ and not wandb.api.api_key
+            if is_offline:
+                logger.warning(
+                    "no Weights & Biases login found: writing offline, upload later with `wandb sync`"
+                )
+            self._run = wandb.init(
+                project=settings.wandb_project,
+                name=name,
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=config,
+                mode="offline" if is_offline else None,
+                settings={"init_timeout": WANDB_TIMEOUT_S},
+            )
+        except Exception as error:
+            # Its own errors and those of the libraries it uses have no common base.
+            raise ConfigError(
+                f"log.report_to names wandb, which cannot start ({_first_line(error)}); set the environment variable "
+                "WANDB_MODE=offline and upload later with `wandb sync`, or leave wandb out of log.report_to"
+            ) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._try(lambda: self._run.log(dict(metrics), step=step))
 
     def resume(self, step: int) -> None:
         """Nothing to do: W&B refuses points of steps it already has."""
@@ -178,7 +194,22 @@ class WandbWriter:
         """Nothing to do: W&B writes by itself."""
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _try(self, report: Callable[[], object]) -> None:
+        try:
+            report()
+        except Exception as error:  # whatever it is, the run is worth more than its report
+            if not self._is_broken:
+                self._is_broken = True
+                logger.warning(
+                    "Weights & Biases does not take the metrics (%s); metrics.jsonl in the run's folder has them all",
+                    _first_line(error),
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require_writers(settings: LogSettings) -> None:

@@ -83,6 +83,7 @@ class Run:
         self._save, self._evaluation, self._log = save, evaluation, log
         self._patience, self._resume, self._allow_inexact = patience, resume, allow_inexact
         self._parts: dict[str, Part] = {}
+        self._grows_by = 0
         self._facts: dict[str, Any] = {}
         self._best = Best(save)
         self._window, self._current = Window(), dict[str, float]()
@@ -117,13 +118,11 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         allow_inexact: bool = False,
-        checkpoint_bytes: int = 0,
     ) -> Run:
         """Check the directory, lock it, and start its log. Nothing that existed is overwritten.
 
         `config` is the resolved settings as JSON values (config.as_json); they go to run.json and are compared on
-        resume. `checkpoint_bytes` is the estimated size of one checkpoint: a disk with less than 2.2 times that is
-        refused at once; without it the disk is checked before the first step. Every rank raises the same error.
+        resume. Every rank raises the same error.
         """
         run = cls(
             Path(os.path.abspath(os.path.expanduser(output_dir))),
@@ -138,19 +137,19 @@ class Run:
             allow_inexact=allow_inexact,
         )
         try:
-            run._start(overwrite=overwrite, checkpoint_bytes=checkpoint_bytes)
+            run._start(overwrite=overwrite)
         except BaseException as error:
             run.__exit__(type(error), error, error.__traceback__)
             raise
         return run
 
-    def _start(self, *, overwrite: bool, checkpoint_bytes: int) -> None:
+    def _start(self, *, overwrite: bool) -> None:
         self._signals.install()
         before: dict[str, Any] = {}
         failure: KitaeError | None = None
         if self.world.is_main:
             try:
-                before = self._claim(overwrite=overwrite, checkpoint_bytes=checkpoint_bytes)
+                before = self._claim(overwrite=overwrite)
             except KitaeError as error:
                 failure = error
         problem = None if failure is None else [type(failure).__name__, str(failure)]
@@ -169,7 +168,7 @@ class Run:
         self.event("resumed" if self._resume else "started")
         self._write_status("starting")
 
-    def _claim(self, *, overwrite: bool, checkpoint_bytes: int) -> dict[str, Any]:
+    def _claim(self, *, overwrite: bool) -> dict[str, Any]:
         """Rank 0: take the directory and open the files in it. Returns the status of the run that is resumed."""
         require_writers(self._log)
         model = self._settings.get("model")
@@ -177,7 +176,6 @@ class Run:
             self.output_dir,
             resume=self._resume,
             overwrite=overwrite,
-            checkpoint_bytes=checkpoint_bytes,
             model=model.get("name_or_path") if isinstance(model, Mapping) else None,
         )
         before = (read_json(self.output_dir / "status.json") or {}) if self._resume else {}
@@ -207,11 +205,16 @@ class Run:
         if self._record is not None and not self._resume:  # else after the comparison, see _steps
             self._record.describe(machine=machine(self.world), facts=self._facts)
 
-    def track(self, name: str, part: Part) -> None:
-        """Make `part` belong to the run's checkpoints. All parts are tracked before steps() begins."""
+    def track(self, name: str, part: Part, *, grows_by: int = 0) -> None:
+        """Make `part` belong to the run's checkpoints. All parts are tracked before steps() begins.
+
+        `grows_by` is about how many bytes the first step adds to its state, such as an optimizer's moments: a disk
+        too small for checkpoints is then refused before that step.
+        """
         assert self._state == "starting", f"{name} was tracked after the first step"
         assert name not in self._parts, f"two parts are called {name}"
         self._parts[name] = part
+        self._grows_by += grows_by
 
     # ------------------------------------------------------------------------------------------ stepping
 
@@ -238,7 +241,7 @@ class Run:
             return
         self.total = total
         is_resumed = self._restore()
-        checkpoint.require_space(self.output_dir, self._snapshot(), world=self.world)
+        self._require_space(grows_by=0 if is_resumed else self._grows_by)
         if self.world.is_main:
             title = self._recipe or "train"
             self._progress = ProgressView(total=total, done=self.step, title=title, console=self._console)
@@ -253,8 +256,8 @@ class Run:
             began = time.monotonic()
             yield self.step + 1
             self._current.setdefault("time/step_s", time.monotonic() - began)
-            if self.step == self._first_step:  # only now the optimizer has its moments
-                checkpoint.require_space(self.output_dir, self._snapshot(), world=self.world)
+            if self.step == self._first_step:  # only now the optimizer has its moments, and the size is exact
+                self._require_space()
             self.step += 1
             self._end_of_step(evaluate)
         self._close_progress()
@@ -390,6 +393,15 @@ class Run:
                 "sizes": self._record.sync() if self._record is not None else {},
             },
         }
+
+    def _require_space(self, *, grows_by: int = 0) -> None:
+        checkpoint.require_space(
+            self.output_dir,
+            self._snapshot(),
+            world=self.world,
+            grows_by=grows_by,
+            is_one_kept=self._last_checkpoint is not None,
+        )
 
     def _save_checkpoint(self) -> None:
         began = time.monotonic()

@@ -152,6 +152,15 @@ def test_bash_completion_offers_commands_recipes_and_flags():
     assert offered("kitae", "train", "sft", "--optim.learn") == ["--optim.learning_rate"]
     assert offered("kitae", "train", "grpo", "x.toml", "--rollout.num") == ["--rollout.num_generations"]
     assert offered("kitae", "evaluate", "--num") == ["--num_samples"]
+    assert offered("kitae", "launch", "--") == ["--nproc_per_node"]
+    for count in (["--nproc_per_node", "2"], ["--nproc_per_node", "=", "2"], ["--nproc", "16"]):
+        assert offered("kitae", "launch", *count, "tra") == ["trace", "train"]
+        assert offered("kitae", "launch", *count, "train", "") == ["grpo", "sft"]
+        assert offered("kitae", "launch", *count, "train", "sft", "--optim.learn") == [
+            "--optim.learning_rate"
+        ]
+    assert offered("kitae", "trace", "run.toml", "--rec") == ["--recipe"]
+    assert "--rollout.num_generations" in offered("kitae", "trace", "run.toml", "--row", "3", "--rollout")
 
 
 def test_the_other_shells_have_scripts(kitae):

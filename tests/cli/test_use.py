@@ -36,6 +36,18 @@ def test_generate_streams_one_completion_and_writes_several_as_json(kitae, files
     assert printed == "".join(text + "\n" for r in found["results"] for text in r["completions"])
 
 
+def test_several_completions_are_numbered_on_a_terminal_only(kitae, files, tiny, monkeypatch):
+    asked = ("generate", tiny(), "2+2", "3+3", "--n", 2, "--max_new_tokens", 4)
+    piped = kitae(*asked)[1]
+    assert "completion" not in piped
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    lines = kitae(*asked)[1].splitlines()
+    headings = [line for line in lines if "completion" in line]
+    assert [f"prompt {p} of 2, completion {n} of 2" in line for p, n, line in zip(
+        (1, 1, 2, 2), (1, 2, 1, 2), headings, strict=True)] == [True] * 4  # fmt: skip
+    assert [line for line in lines if line not in headings] == piped.splitlines()
+
+
 def test_generate_from_python_equals_the_command(kitae, files, tiny):
     model = str(tiny())
     _, streamed, _ = kitae(
@@ -191,7 +203,7 @@ def test_perplexity_is_the_exponential_of_the_loss_per_taught_token(files, tiny)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = tiny()
-    found = package.evaluate(str(model), "sft.jsonl", perplexity=True, num_samples=3)
+    found = package.evaluate(str(model), "sft.jsonl", dtype="float32", perplexity=True, num_samples=3)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     total = count = 0
     for line in (files / "sft.jsonl").read_text().splitlines()[:3]:
@@ -226,7 +238,9 @@ def test_trace_prints_every_station_with_the_numbers_of_the_run(kitae, files, ti
     from transformers import AutoModelForCausalLM
 
     model = tiny()
-    (files / "run.toml").write_text(f'[model]\nname_or_path = "{model}"\n[data]\ntrain = "sft.jsonl"\n')
+    (files / "run.toml").write_text(
+        f'[model]\nname_or_path = "{model}"\ndtype = "float32"\n[data]\ntrain = "sft.jsonl"\n'
+    )
     code, out, _ = kitae("trace", "run.toml", "--row", 3, "--json", "trace.json", "--save.steps", 50)
     assert code == 0
     for station in (

@@ -198,7 +198,9 @@ def test_rendered_rows_are_the_templates_rows(tmp_path, template, caplog):
     assert [len(rows) for rows in rendered] == [1, 2]
     assert rendered.counts["taught_tokens"] == sum(row.num_taught for rows in expected for row in rows)
     assert seen == [0, 2]
-    assert "3 rows from 2 examples" in caplog.text
+    assert "3 training rows from 2 examples" in caplog.text
+    RenderedRows(dataset, template=template, max_length=1000, use="evaluation")
+    assert "3 evaluation rows from 2 examples" in caplog.text
 
 
 def test_rows_without_room_for_a_target_are_left_out_and_counted(tmp_path, template, caplog):
@@ -211,6 +213,20 @@ def test_rows_without_room_for_a_target_are_left_out_and_counted(tmp_path, templ
     assert "2 rows were longer than data.max_length" in caplog.text
     with pytest.raises(DataError, match="none of 3 rows has anything left to teach"):
         RenderedRows(dataset, template=template, max_length=3)
+
+
+def test_thinking_that_ends_without_having_begun_is_counted_and_named_once(tmp_path, template, caplog):
+    closed = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so</think>yo"}]
+    records = [{"prompt": "hi", "completion": "<think>so</think>yo"}, closed, closed + closed]
+    dataset = dataset_of(tmp_path, records)
+    assert "unopened_thinks" not in RenderedRows(dataset, template=template, max_length=1000).counts
+    caplog.clear()
+    without_prefill = template.load(make_tokenizer(), data=DataSettings())
+    rendered = RenderedRows(dataset, template=without_prefill, max_length=1000)
+    assert rendered.counts["unopened_thinks"] == 2 and len(rendered) == 3
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert warning.startswith("2 training examples have a </think> that no <think> comes before")
+    assert "rows.jsonl:2" in warning
 
 
 def test_rows_the_template_refuses_are_listed_together_or_skipped(tmp_path, template):

@@ -91,7 +91,12 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(index): entry for index, entry in state["moments"].items()}
+        optimizer[
+            "state"
+        ] = {  # copied: what the checkpoint's file backs would keep its space after it is removed
+            int(index): {name: value.clone() for name, value in entry.items()}
+            for index, entry in state["moments"].items()
+        }
         self.optimizer.load_state_dict(optimizer)
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         self.optimizer.param_groups[0]["lr"] = state["schedule"]["lr"]
@@ -112,6 +117,7 @@ def train(
     raise_at: int = 0,
     threads: int = 1,
     facts: dict[str, Any] | None = None,
+    grows_by: int = 0,
     config: dict[str, Any] | None = None,
     **opening: Any,
 ) -> Trainer:
@@ -133,7 +139,8 @@ def train(
         torch.manual_seed(seed)
         trainer, order = Trainer(width=width), Order()
         run.identify(**(facts or {"data_hash": "abc"}))
-        run.track("trainer", SlowToSave(trainer, seconds_per_save) if seconds_per_save else trainer)
+        part = SlowToSave(trainer, seconds_per_save) if seconds_per_save else trainer
+        run.track("trainer", part, grows_by=grows_by)
         run.track("order", order)
         for step in run.steps(total, evaluate=trainer.evaluate if evaluation else None):
             metrics = trainer.step(order)

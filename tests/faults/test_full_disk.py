@@ -60,11 +60,22 @@ def test_a_disk_too_small_for_the_optimizers_moments_is_refused_after_the_first_
     assert numbers(small_disk / "run") == []
 
 
-def test_an_estimate_refuses_a_small_disk_at_once(server: Server, small_disk: Path) -> None:
-    life = server.run(small_disk / "run", checkpoint_bytes=2_000_000, **OPTIONS)
-    assert life.code == 2
-    assert "disk too small: need 4.2 MiB for checkpoints, have 4.0 MiB" in life.text()
-    assert not (small_disk / "run" / "run.json").exists()
+def test_known_growth_is_refused_before_the_first_step(server: Server, small_disk: Path) -> None:
+    life = server.run(small_disk / "run", grows_by=2_000_000, raise_at=1, **OPTIONS)
+    assert life.code == 2, "it took a step"
+    assert "disk too small: need 4.5 MiB for checkpoints, have 4.0 MiB" in life.text()
+    assert not (small_disk / "run" / "checkpoints").exists()
+
+
+def test_a_resume_needs_room_for_one_checkpoint_beside_the_one_it_has(
+    server: Server, small_disk: Path
+) -> None:
+    folder = small_disk / "run"
+    life = server.run(folder, **OPTIONS, raise_at=5)
+    assert life.code == 1 and steps_in(folder / "checkpoints") == [4]
+    fill(small_disk, leave=600_000)
+    life = server.run(folder, resume=True, **OPTIONS)
+    assert life.code == 0, life.text()
 
 
 @pytest.mark.parametrize("left", [0, 50_000, 300_000])

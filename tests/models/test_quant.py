@@ -122,7 +122,7 @@ def test_nf4_stores_linears_in_four_bits_and_trains_an_adapter(family, tiny, pol
 
     with torch.no_grad(), policy.without_adapter():
         low, *_ = policy(batch_of(ROWS))
-        plain, _ = policy_of(family, path=folder)(batch_of(ROWS))
+        plain, *_ = policy_of(family, path=folder)(batch_of(ROWS))
     assert 1e-6 < (low - plain).abs().mean() < 0.1
 
 
@@ -171,3 +171,22 @@ def test_weights_stored_in_another_way_are_refused(stored, told, tiny, policy_of
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=f"stored as '{told}'"):
         policy_of("qwen3", path=tmp_path)
+
+
+def test_scoring_in_between_changes_no_gradient_of_a_4_bit_model(tiny, policy_of):
+    pytest.importorskip("bitsandbytes")
+    policy = policy_of(
+        "qwen3", path=tiny("qwen3", hidden_size=128), quantization="nf4", lora=LoraSettings(rank=4)
+    )
+
+    def gradients():
+        policy.train().zero_grad()
+        policy(batch_of(ROWS)).logprobs_N.sum().backward()
+        return [parameter.grad.clone() for _, parameter in policy.named_trainable()]
+
+    before = gradients()
+    with torch.no_grad():
+        scored = policy.eval()(batch_of(ROWS)).logprobs_N
+        trained = policy.train()(batch_of(ROWS)).logprobs_N
+    torch.testing.assert_close(scored, trained)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))

@@ -44,10 +44,10 @@ def gsm8k(tmp_path_factory, shared_data):
     return path
 
 
-def settings_for(recipe, tmp_path, model, data, *, lora=0, quantization="none", **more):
+def settings_for(recipe, tmp_path, model, data, *, lora=0, quantization="none", dtype="float32", **more):
     common = {
         "output_dir": str(tmp_path),
-        "model": {"name_or_path": str(model), "dtype": "float32", "quantization": quantization},
+        "model": {"name_or_path": str(model), "dtype": dtype, "quantization": quantization},
         "lora": {"rank": lora},
         "data": {"train": [str(data)], "max_length": 256},
         "optim": {"learning_rate": 1e-3},
@@ -89,6 +89,24 @@ def test_full_sft_then_grpo_and_the_result_loads_in_transformers(family, base, g
     before = AutoModelForCausalLM.from_pretrained(base(family))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "grpo") is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_sft_in_bfloat16_follows_float32_and_saves_bfloat16(family, base, gsm8k, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run_recipe("sft", settings_for(sft, tmp_path / dtype, base(family), gsm8k, dtype=dtype))
+        losses[dtype] = [line["train/loss"] for line in metrics_of(tmp_path / dtype)]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-3)
+    assert losses["bfloat16"] != losses["float32"], "nothing was computed in bfloat16"
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+    before = AutoModelForCausalLM.from_pretrained(base(family), dtype=torch.bfloat16)
+    matrices = [name for name, weight in before.named_parameters() if weight.ndim > 1]
+    same = [name for name in matrices if torch.equal(saved.get_parameter(name), before.get_parameter(name))]
+    assert not same
 
 
 @pytest.mark.parametrize("family", FAMILIES)

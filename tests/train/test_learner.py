@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,32 @@ def test_out_of_memory_halves_the_pass_and_keeps_the_gradient(tiny, where, dtype
     assert calls == [4, 3, 4, 2, 1]
     assert relative(found, torch.stack(halves).sum(0)) <= 1e-6
     assert caplog.text.count("out of memory in a forward pass of 3 rows") == 1
+
+
+def pair_margin(out, weights_N, *, number, **_streams):
+    """A loss of neighbouring rows: it breaks when a pair is cut apart."""
+    scores_P2 = out.per_row(out.logprobs_N * weights_N).view(-1, 2)
+    margin_P = (scores_P2[:, 0] - scores_P2[:, 1]) * number.view(-1, 2)[:, 0]
+    return -torch.nn.functional.logsigmoid(margin_P).sum(), {"pairs": margin_P.new_tensor(len(margin_P))}
+
+
+def test_a_pass_of_pairs_is_halved_between_pairs(tiny):
+    learner = make_learner(tiny())
+    rows = [replace(row, numbers={"number": 0.1 + i // 2}) for i, row in enumerate(ROWS[:6])]
+
+    def step(rows_per_forward):
+        learner.flat.zero_grad()
+        learner._has_gradient = False
+        batches = collate(rows, rows_per_forward=rows_per_forward, rows_per_unit=2)
+        metrics = learner.forward_backward(batches, pair_margin, denominator=3)
+        return metrics, learner.flat.grad.clone()
+
+    expected, whole = step(6)
+    calls = fail_when(learner.policy, lambda calls: len(calls) == 1, where="forward")
+    metrics, halved = step(6)
+    assert calls == [6, 4, 2] and metrics["pairs"] == pytest.approx(1.0)
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert relative(halved, whole) <= 1e-5
 
 
 def test_a_gradient_from_an_earlier_call_survives_out_of_memory(tiny):

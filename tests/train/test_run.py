@@ -287,6 +287,23 @@ def test_secrets_and_control_characters_do_not_reach_the_log(tmp_path: Path) -> 
     assert "\\x1b[31mred\\x07\n    ERROR forged line\n" in text and "\x1b" not in text
 
 
+def test_a_log_that_became_large_is_put_aside_and_the_oldest_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kitae.train.logs.MAX_LOG_BYTES", 2000)
+    logger = logging.getLogger("kitae.test")
+    with Run.open(tmp_path / "run", config={}):
+        for number in range(400):
+            logger.info("line %04d", number)
+    kept = [tmp_path / "run" / name for name in ("train.log.3", "train.log.2", "train.log.1", "train.log")]
+    assert sorted(path.name for path in (tmp_path / "run").glob("train.log*")) == sorted(p.name for p in kept)
+    assert all(path.stat().st_size <= 2000 for path in kept)
+    numbers = [int(line[-4:]) for path in kept for line in path.read_text().splitlines() if "line" in line]
+    assert numbers == list(range(numbers[0], 400)), "a line is missing"
+    walk(tmp_path / "run", overwrite=True)
+    assert [path.name for path in (tmp_path / "run").glob("train.log*")] == ["train.log"]
+
+
 # ------------------------------------------------------------------------------------------------ resuming
 
 

@@ -7,15 +7,24 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kitae
 from kitae.config import LogSettings
-from kitae.errors import MissingExtraError
+from kitae.errors import ConfigError, MissingExtraError
 from kitae.train.files import JsonLines
-from kitae.train.metrics import TensorBoardWriter, Window, open_metrics, read_metrics, require_writers
+from kitae.train.metrics import (
+    Metrics,
+    TensorBoardWriter,
+    Window,
+    open_metrics,
+    read_metrics,
+    require_writers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,6 +150,71 @@ def test_wandb_without_a_login_writes_offline_and_says_so(
         "no Weights & Biases login found: writing offline, upload later with `wandb sync`"
     ]
     sys.modules.pop("wandb")
+
+
+class FakeWandb(ModuleType):
+    """A logged-in wandb whose network fails in one of its calls."""
+
+    def __init__(self, *, fails_in: str) -> None:
+        super().__init__("wandb")
+        self.api = SimpleNamespace(api_key="secret")
+        self.fails_in = fails_in
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.fails_in:
+            raise TimeoutError(f"{name} has timed out\nmore about it")
+
+    def init(self, **options: Any) -> FakeWandb:
+        assert options["settings"]["init_timeout"] <= 60, "it would wait for the network"
+        self._call("init")
+        return self
+
+    def log(self, metrics: dict[str, float], *, step: int) -> None:
+        self._call("log")
+
+    def finish(self) -> None:
+        self._call("finish")
+
+
+def wandb_metrics(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, fails_in: str
+) -> tuple[Metrics, FakeWandb]:
+    fake = FakeWandb(fails_in=fails_in)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    settings = LogSettings(report_to=["wandb"])
+    return open_metrics(folder, settings=settings, name="n", run_id="i", config={}), fake
+
+
+def test_a_wandb_that_cannot_start_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        wandb_metrics(tmp_path, monkeypatch, fails_in="init")
+    assert "log.report_to names wandb, which cannot start (init has timed out)" in str(error.value)
+    assert "WANDB_MODE=offline" in str(error.value) and "leave wandb out" in str(error.value)
+
+
+@pytest.mark.parametrize(("fails_in", "expected"), [("log", 1), ("finish", 1), ("nothing", 0)])
+def test_a_wandb_that_fails_later_is_said_once_and_costs_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails_in: str,
+    expected: int,
+) -> None:
+    metrics, fake = wandb_metrics(tmp_path, monkeypatch, fails_in=fails_in)
+    for step in (1, 2, 3):
+        metrics.write(step, {"train/loss": 1.0})
+    metrics.close()
+    assert fake.calls == ["init", "log", "log", "log", "finish"]
+    assert len(read_metrics(tmp_path)) == 3
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert [f"does not take the metrics ({fails_in} has timed out)" in text for text in warnings] == [
+        True
+    ] * expected
 
 
 def explained() -> set[str]:

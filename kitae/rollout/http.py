@@ -1,0 +1,419 @@
+"""Sampling from an OpenAI-compatible endpoint: POST <base_url>/chat/completions, several requests at a time.
+
+    problems --messages--> requests --threads, retries--> replies --as_text--> rollouts without tokens
+
+Such rollouts have text and a reported number of tokens, but no token ids and no log-probabilities: they can be judged
+and taught, not reinforced. What may pass by itself (busy, broken off, too slow, garbage) is tried again; what will not
+(a wrong key, an unknown model, a request that is refused) is an error at once.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import ipaddress
+import json
+import logging
+import queue
+import random
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from kitae.config import SamplingSettings
+from kitae.errors import ConfigError, EndpointError
+from kitae.rollout.base import OnTokens, request_seed
+from kitae.types import FinishReason, Problem, Rollout
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Messages = list[dict[str, str]]
+
+NOT_RETRIED = (501, 505)
+"""Server errors that will be the same next time; the others, 408 and 429 may pass."""
+LONGEST_BACKOFF_S = 60.0
+MAX_REPLY_BYTES = 64 * 2**20
+SHOWN = 300
+"""Characters of a server's own message that are shown."""
+NOT_PLAIN = ("top_k", "min_p", "repetition_penalty")
+"""Sampling settings that OpenAI's own service does not know; sent only where they differ from their defaults."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a model is asked, and how patiently."""
+
+    base_url: str
+    """As clients of OpenAI's have it, such as http://localhost:8000/v1."""
+    model: str
+    """The model's name there."""
+    api_key: str | None = None
+    """Sent as a bearer token; never written anywhere, and masked in what the server says."""
+    timeout_s: float = 600.0
+    """Limit for one whole answer."""
+    max_attempts: int = 6
+    """How often one request is tried."""
+    retry_wait_s: float = 1.0
+    """Wait after the first failed attempt; it doubles each time, up to a minute, give or take a half."""
+    longest_wait_s: float = 300.0
+    """A server that asks (Retry-After) to be left alone for longer ends the run."""
+    extra_body: Mapping[str, Any] | None = None
+    """More fields of each request, over ours; null leaves one of ours out. JSON values of every shape."""
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.model} at {self.base_url})"
+
+
+class Reply(NamedTuple):
+    """What the endpoint answered to one request."""
+
+    text: str
+    finish_reason: FinishReason
+    num_tokens: int | None
+
+
+class _Passing(Exception):
+    """A failure that may pass by itself."""
+
+    def __init__(self, reason: str, *, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+class _GivenUp(Exception):
+    """The request was left because another one had failed for good."""
+
+
+class HttpEngine:
+    """A RolloutEngine over HTTP. A completion depends on the server; seed, problem and number are sent along."""
+
+    def __init__(
+        self, endpoint: Endpoint, *, messages_of: Callable[[Problem], Messages], concurrency: int = 16
+    ) -> None:
+        """`messages_of` gives the conversation that is sent for a problem; at most `concurrency` are under way."""
+        self.endpoint = endpoint
+        self.url = chat_url(endpoint.base_url)
+        self._messages_of, self._concurrency = messages_of, concurrency
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+        if is_loopback(self.url):  # a proxy for the outside world does not know this machine's own servers
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "User-Agent": "kitae",
+        }
+        if endpoint.api_key is not None:
+            self._headers["Authorization"] = f"Bearer {_usable_key(endpoint.api_key)}"
+        self._jitter = random.Random()
+        self._stop = threading.Event()
+        self._not_before = 0.0
+        """No request starts before this monotonic time: a server that asks one of us to wait means all."""
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are the server's."""
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        n: int,
+        sampling: SamplingSettings,
+        seed: int,
+        on_tokens: OnTokens | None = None,
+    ) -> list[list[Rollout]]:
+        """See RolloutEngine; on_tokens is never called, since no tokens are sent."""
+        groups: list[list[Rollout | None]] = [[None] * n for _ in problems]
+        wanted = [(place, sample) for place in range(len(problems)) for sample in range(n)]
+
+        def ask(item: tuple[int, int]) -> None:
+            place, sample = item
+            groups[place][sample] = self.ask(problems[place], sample, sampling=sampling, seed=seed)
+
+        for _ in self.each(wanted, ask):
+            pass
+        return [[rollout for rollout in group if rollout is not None] for group in groups]
+
+    def each(self, items: Iterable[T], do: Callable[[T], Any]) -> Iterator[Any]:
+        """`do(item)` in threads, its results (Any: whatever it returns) as they come, in no order.
+
+        After a failure no further item is begun; what is under way is still waited for and given, then the error is
+        raised. Closing the iterator waits for nothing.
+        """
+        source, lock = iter(items), threading.Lock()
+        results: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._stop = stop = threading.Event()
+
+        def work() -> None:
+            try:
+                while not stop.is_set():
+                    with lock:
+                        item = next(source)
+                    results.put(("result", do(item)))
+            except (StopIteration, _GivenUp):
+                pass
+            except BaseException as error:
+                stop.set()
+                results.put(("error", error))
+            finally:
+                results.put(("end", None))
+
+        for _ in range(self._concurrency):
+            threading.Thread(target=work, name="kitae-endpoint", daemon=True).start()
+        working, failure = self._concurrency, None
+        try:
+            while working:
+                kind, value = results.get()
+                if kind == "result":
+                    yield value
+                elif kind == "end":
+                    working -= 1
+                elif failure is None:
+                    failure = value
+                    if working > 1:
+                        log.warning(
+                            "stopping; answers that are under way are waited for (Ctrl-C leaves at once)"
+                        )
+        finally:
+            stop.set()
+        if failure is not None:
+            raise failure
+
+    def ask(self, problem: Problem, sample: int, *, sampling: SamplingSettings, seed: int) -> Rollout:
+        """One completion of one problem."""
+        body = self.body(problem, sample, sampling=sampling, seed=seed)
+        reply = self._patiently(json.dumps(body).encode(), which=f"problem {problem.index}, answer {sample}")
+        return Rollout(
+            problem=problem,
+            text=reply.text,
+            token_ids=[],
+            logprobs=[],
+            finish_reason=reply.finish_reason,
+            reported_tokens=reply.num_tokens,
+        )
+
+    def body(self, problem: Problem, sample: int, *, sampling: SamplingSettings, seed: int) -> dict[str, Any]:
+        """The JSON object that is sent (Any: JSON values)."""
+        if sampling.no_repeat_ngram_size:
+            raise ConfigError(
+                f"no_repeat_ngram_size is {sampling.no_repeat_ngram_size}, which no endpoint knows; leave it out"
+            )
+        fields: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": self._messages_of(problem),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request_seed(seed, problem.index, sample) % 2**31,
+        }
+        default = SamplingSettings()
+        for name in NOT_PLAIN:
+            if getattr(sampling, name) != getattr(default, name):
+                fields[name] = getattr(sampling, name)
+        fields |= self.endpoint.extra_body or {}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _patiently(self, body: bytes, *, which: str) -> Reply:
+        """Ask until there is an answer, an error that stays, or no attempt left."""
+        attempts = self.endpoint.max_attempts
+        for attempt in range(1, attempts + 1):
+            self._sleep_until(self._not_before)
+            try:
+                return self._once(body, which=which)
+            except _Passing as failure:
+                reason, asked_s = self._clean(str(failure)), failure.wait_s
+            if asked_s is not None and asked_s > self.endpoint.longest_wait_s:
+                raise EndpointError(f"{self.url} asks to be left alone for {asked_s:.0f} s ({reason})")
+            backoff_s = min(self.endpoint.retry_wait_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S)
+            wait_s = max(backoff_s * self._jitter.uniform(0.5, 1.5), asked_s or 0.0)
+            log.info("%s: %s; attempt %d of %d, next in %.1f s", which, reason, attempt, attempts, wait_s)
+            if asked_s is not None:
+                self._not_before = max(self._not_before, time.monotonic() + asked_s)
+            if attempt < attempts:
+                self._sleep_until(time.monotonic() + wait_s)
+        raise EndpointError(f"{self.url} failed {attempts} times for {which}: {reason}")
+
+    def _sleep_until(self, when: float) -> None:
+        if self._stop.wait(max(when - time.monotonic(), 0.0)):
+            raise _GivenUp
+
+    def _once(self, body: bytes, *, which: str) -> Reply:
+        request = urllib.request.Request(self.url, data=body, headers=self._headers, method="POST")
+        deadline = time.monotonic() + self.endpoint.timeout_s
+        try:
+            with self._opener.open(request, timeout=self.endpoint.timeout_s) as response:
+                return parse(_read(response, deadline))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(error, which=which) from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise EndpointError(f"{self.url}: {self._clean(str(error.reason))}") from None
+            raise _Passing(f"cannot be reached: {error.reason}") from None
+        except TimeoutError:
+            raise _Passing(f"no whole answer within timeout_s = {self.endpoint.timeout_s:g}") from None
+        except (http.client.HTTPException, OSError) as error:
+            raise _Passing(f"the connection broke: {type(error).__name__} {error}") from None
+
+    def _refused(self, error: urllib.error.HTTPError, *, which: str) -> Exception:
+        """The error an HTTP status stands for."""
+        try:
+            said = _message_of(error.read(65536))
+        except (http.client.HTTPException, OSError):
+            said = ""
+        reason = f"HTTP {error.code} {error.reason}" + (f": {said}" if said else "")
+        if error.code in (408, 429) or (error.code >= 500 and error.code not in NOT_RETRIED):
+            return _Passing(reason, wait_s=_retry_after(error.headers.get("Retry-After")))
+        remedy = {
+            401: "check the key (api_key_env)",
+            403: "check the key (api_key_env) and what it may use",
+            404: "check base_url, which often ends in /v1, and the model's name",
+        }.get(error.code, "change the request (extra_body, sampling) or the problem")
+        if 300 <= error.code < 400:
+            remedy = "it leads elsewhere; give that address as base_url"
+        return EndpointError(f"{self.url} refused {which}: {self._clean(reason)}; {remedy}")
+
+    def _clean(self, text: str) -> str:
+        """One short line for a person, without the key that some servers repeat."""
+        if self.endpoint.api_key:
+            text = text.replace(self.endpoint.api_key.strip(), "***")
+        line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would turn the POST into a GET, and carry the key to another machine."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:  # urllib's signature, whatever it hands over
+        return None
+
+
+def chat_url(base_url: str) -> str:
+    """The address requests go to."""
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or any(c.isspace() for c in base_url):
+        raise ConfigError(
+            f"base_url is {base_url!r}; it starts with http:// or https://, such as http://localhost:8000/v1"
+        )
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError("base_url holds a name or password; name the variable of the key with api_key_env")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"base_url is {base_url!r}; leave out what comes after ? or #")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions")
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, f"{path}/chat/completions", "", ""))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def parse(content: bytes) -> Reply:
+    """The reply in a response's body; _Passing where it is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        raise _Passing(f"the answer is no JSON: {content[:80].decode(errors='replace')!r}") from None
+    if isinstance(value, dict) and value.get("error") and not value.get("choices"):
+        raise _Passing(f"the answer is an error: {_message_of(content)}")
+    try:
+        [choice, *_] = value["choices"]
+        message = choice["message"]
+        text = as_text(message.get("content"), message.get("reasoning_content") or message.get("reasoning"))
+        reason = choice.get("finish_reason")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _Passing(
+            f"the answer is no chat completion: {content[:80].decode(errors='replace')!r}"
+        ) from None
+    usage = value.get("usage")
+    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Reply(
+        text=text,
+        # content_filter cuts an answer as the limit does: it did not end by itself.
+        finish_reason="length" if reason in ("length", "content_filter") else "stop",
+        num_tokens=counted if isinstance(counted, int) and counted >= 0 else None,
+    )
+
+
+def as_text(content: Any, reasoning: Any = None) -> str:
+    """Content and separate reasoning (JSON values) as the one text that rewards read.
+
+    Example: "4" with reasoning "2+2" -> "<think>\\n2+2\\n</think>\\n\\n4". A server whose template prefills the opening
+    tag sends a closing one alone; the opening one is put back.
+    """
+    if isinstance(content, list):
+        thoughts = [part.get("thinking") for part in content if part.get("type") == "thinking"]
+        texts = [piece["text"] for t in thoughts for piece in (t if isinstance(t, list) else [{"text": t}])]
+        reasoning = reasoning or "".join(texts)
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(content)
+    text = content or ""
+    if isinstance(reasoning, str) and reasoning.strip():
+        return f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
+    before, closing, _ = text.partition("</think>")
+    return f"<think>\n{text.lstrip()}" if closing and "<think>" not in before else text
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole body, before a deadline and within reason."""
+    parts: list[bytes] = []
+    size = 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if size > MAX_REPLY_BYTES:
+            raise _Passing(f"the answer is larger than {MAX_REPLY_BYTES >> 20} MiB")
+    return b"".join(parts)
+
+
+def _message_of(content: bytes) -> str:
+    """What the server says is wrong: OpenAI's error.message, its like of other servers, or the text itself."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return content[:1000].decode(errors="replace")
+    for key in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(key):
+            value = value[key]
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds a server asks to wait: a number, or a date (RFC 9110, section 10.2.3)."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(seconds, 0.0) if seconds < float("inf") else None
+
+
+def _usable_key(key: str) -> str:
+    key = key.strip()
+    if not key.isascii() or not key.isprintable() or not key:
+        raise ConfigError(
+            "the API key is empty or has characters that no key has; check its variable (api_key_env)"
+        )
+    return key

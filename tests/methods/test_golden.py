@@ -1,0 +1,19 @@
+"""The first steps of every recipe give the numbers they gave before: fp32, one thread, every seam off."""
+
+import json
+
+import pytest
+from methods import GOLDEN_STEPS, golden_trace, methods, read_method
+
+
+@pytest.mark.parametrize("name", methods())
+def test_golden_trace(name, toy_files, tmp_path):
+    method = read_method(name)
+    expected = json.loads(method.trace.read_text())
+    assert len(expected) == GOLDEN_STEPS
+    assert {"train/loss", "train/grad_norm"} <= set(expected[0])
+    found = golden_trace(method, files=toy_files, output_dir=tmp_path / "run")
+    for before, now in zip(expected, found, strict=True):
+        assert {name: now.get(name) for name in before} == pytest.approx(before, rel=1e-5, abs=1e-6), before[
+            "step"
+        ]
