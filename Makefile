@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   install, then teach a small model to reason: about three minutes on 2 CPU cores"
 	@echo "make test         install and run the whole test suite"
 	@echo "make check        lint, types and tests"
-	@echo "make docs         write docs/settings.md and docs/flags.md anew"
+	@echo "make docs         write anew the pages of docs/ that are generated"
 	@echo "make bench        measure against other tools on this machine (installs them)"
 
 quickstart: install
@@ -36,6 +36,7 @@ bench: install-dev
 
 docs: install-dev
 	$(BIN)/python -m kitae.cli._pages docs
+	$(BIN)/python tests/methods/make_page.py
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

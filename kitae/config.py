@@ -184,8 +184,8 @@ class PairTrainSettings(TrainSettings):
     """The same, for recipes that take preference pairs from a file."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
-    """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The result
-    depends on pairs per step only."""
+    """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The
+    result depends on pairs per step only."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimizer step; pairs per step = this x per_device_train_batch_size x ranks."""
 
@@ -215,7 +215,7 @@ class SaveSettings(Section):
     metric: str = "eval/loss"
     """What "best" means: a metric name; see metric_mode."""
     metric_mode: Literal["auto", "min", "max"] = "auto"
-    """Whether a smaller or a larger metric is better; auto: max for accuracy and reward, else min."""
+    """Whether a smaller or a larger metric is better; auto: max for accuracy, reward and margin, else min."""
     max_shard_gib: float = Field(5.0, gt=0)
     """Size of the final model's safetensors shards."""
 
@@ -235,6 +235,8 @@ class LogSettings(Section):
     """Name shown for this run; default: the output directory's name."""
     level: Literal["debug", "info", "warning"] = "info"
     """How much the log says."""
+    health: bool = True
+    """Say in one sentence what the numbers show to be going wrong, and which setting to change; see docs/health.md."""
 
 
 class SamplingSettings(Section):
@@ -311,7 +313,11 @@ class RewardSettings(Section):
     """How completions are judged."""
 
     function: str = "reasoning"
-    """A built-in reward, or your own as file.py:function or package.module:function."""
+    """A built-in reward, your own as file.py:function or package.module:function, or a reward model's folder."""
+    weight: float = 1.0
+    """Its reward is multiplied by this; a larger one counts for more beside those of reward.extra."""
+    extra: dict[str, float] = {}
+    """More rewards added to function's, each named in the same way, with its weight; 0 only logs it."""
     form: Literal["answer_tags", "boxed"] = "answer_tags"
     """Form of the reasoning reward: think and answer blocks, or a closed think block and a last \\boxed{}."""
     strict_form: bool = True

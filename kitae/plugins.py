@@ -25,6 +25,14 @@ def names_in(package: str) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
 
 
+def names_model(name: str) -> bool:
+    """Whether a name where functions and models may stand is a model's: a folder, a run, or a hub id."""
+    if ":" in name or name.endswith(".py"):
+        return False
+    own = ("config.json", "adapter_config.json", "run.json")
+    return "/" in name or any((Path(name) / file).is_file() for file in own)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A closing clause for "unknown name" errors: the nearest known name, or all of them."""
     known = list(known)

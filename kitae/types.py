@@ -12,7 +12,7 @@ predicts token targets_N.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ class Problem:
     """The gold answer, or None where the data has none."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The data row's other columns; handed to the reward by name."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """The turns that were rendered, for a reward model, which has a template of its own; empty: `prompt` is all."""
     prefill: str = ""
     """The end of the rendered prompt that belongs to the completion, such as `<think>` and a line feed."""
     index: int = 0
@@ -66,6 +68,27 @@ class Score(NamedTuple):
 
     value: float | None
     reason: str = ""
+
+    @property
+    def main(self) -> float | None:
+        """What the main reward itself says: reward.function's, without its weight."""
+        return self.value
+
+
+class WeighedScore(Score):
+    """A weighted sum of several rewards."""
+
+    parts: dict[str, float | None]
+    """What each reward itself says, the main one first."""
+
+    def __new__(cls, value: float | None, reason: str, parts: dict[str, float | None]) -> Self:
+        score = super().__new__(cls, value, reason)
+        score.parts = parts
+        return score
+
+    @property
+    def main(self) -> float | None:
+        return next(iter(self.parts.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

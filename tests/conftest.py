@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,78 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
         return made[key]
 
     return make
+
+
+class FakeEndpoint:
+    """An OpenAI-compatible server on loopback. `reply` says what it does with (number of the request, its body).
+
+    It returns a text, a dict (the whole JSON), bytes (the body as it is), a function that writes the body, or (status,
+    headers, body); it may sleep or raise ConnectionError, which breaks the connection off.
+    """
+
+    def __init__(self):
+        self.reply = lambda number, body: "4"
+        self.bodies, self.headers, self.paths = [], [], []
+        self.under_way = self.most_under_way = 0
+        self._lock = threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with fake._lock:
+                    number = len(fake.bodies)
+                    fake.bodies.append(body)
+                    fake.headers.append(dict(self.headers))
+                    fake.paths.append(self.path)
+                    fake.under_way += 1
+                    fake.most_under_way = max(fake.most_under_way, fake.under_way)
+                try:
+                    found = fake.reply(number, body)
+                except ConnectionError:
+                    self.connection.close()
+                    return
+                finally:
+                    with fake._lock:
+                        fake.under_way -= 1
+                status, headers, content = found if isinstance(found, tuple) else (200, {}, found)
+                if isinstance(content, str):
+                    message = {"role": "assistant", "content": content}
+                    content = {
+                        "choices": [{"message": message, "finish_reason": "stop"}],
+                        "usage": {"completion_tokens": len(content)},
+                    }
+                if callable(content):
+                    self.send_response(status)
+                    self.end_headers()
+                    content(self.wfile)
+                    return
+                data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    pass  # the client has gone
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def endpoint():
+    """A server that answers chat completions as the test says."""
+    server = FakeEndpoint()
+    yield server
+    server.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "errors"},
-    {"config", "settings", "plugins", "algos", "backends"},
+    {"config", "settings", "plugins", "algos", "backends", "health"},
     {"data", "rewards", "models", "parallel"},
     {"rollout", "train"},
     {"recipes", "evaluate", "export"},
@@ -56,7 +56,7 @@ def test_imports_point_down_the_layers():
 
 def test_settings_and_recipe_settings_need_no_torch():
     code = (
-        "import sys, kitae, kitae.types, kitae.config, kitae.settings, kitae.plugins\n"
+        "import sys, kitae, kitae.types, kitae.config, kitae.settings, kitae.plugins, kitae.health\n"
         "recipes = kitae.plugins.names_in('kitae.recipes')\n"
         "assert {'sft', 'grpo'} <= set(recipes), recipes\n"
         "for name in recipes: kitae.settings.settings_class(name)\n"

@@ -37,6 +37,7 @@ def words() -> dict[tuple[str, ...], list[str]]:
         (): [*commands, "--help", "--version"],
         ("train",): recipes,
         ("launch",): ["--nproc_per_node", "train"],
+        ("pipeline",): ["--from", "--dry_run", "--output_dir"],
         ("trace",): ["--row", "--recipe", "--json"],
     }
     for recipe in recipes:
@@ -44,9 +45,11 @@ def words() -> dict[tuple[str, ...], list[str]]:
         found["train", recipe] = flags
         found["trace",] += [flag for flag in flags if flag not in found["trace",]]
     for command in commands:
-        settings = getattr(importlib.import_module(f"kitae.cli.{command}"), "Settings", None)
+        module = importlib.import_module(f"kitae.cli.{command}")
+        settings, verbs = getattr(module, "Settings", None), getattr(module, "VERBS", ())
         if settings is not None:
-            found[command,] = [f"--{name}" for name in settings_of(settings)]
+            flags = [f"--{name}" for name in settings_of(settings)]
+            found |= {(command, verb): flags for verb in verbs} | {(command,): list(verbs) or flags}
     return found
 
 

@@ -94,7 +94,7 @@ def evaluate(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
     """
     from kitae.evaluate.groups import require_column
 
-    _require_sense(use)
+    require_sense(use)
     dataset = _open_rows(use)
     if use.by is not None:
         require_column(use.by, (example.columns for example in dataset))
@@ -115,7 +115,8 @@ def evaluate(use: Settings, *, say: Callable[[str], None]) -> dict[str, Any]:
     return {**summary, "baseline": baseline, "comparison": asdict(comparison)}
 
 
-def _require_sense(use: Settings) -> None:
+def require_sense(use: Settings) -> None:
+    """Refuse settings that contradict each other or would have no effect."""
     require(
         use.n == 1 or use.temperature > 0,
         f"n is {use.n} and temperature 0, which gives the same completion {use.n} times; set --temperature, such as 0.6",

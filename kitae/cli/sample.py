@@ -45,6 +45,8 @@ ENDPOINT_ONLY = (
     "extra_body",
 )
 KEY_VARIABLE = "OPENAI_API_KEY"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "kitae_template.json")
+"""What decides, besides the weights, how a local teacher is asked."""
 WAVES = 8
 """A local model gets so many times batch_size completions at once: few enough to keep in memory, and enough that the
 last ones, which run alone, cost little."""
@@ -66,6 +68,9 @@ class Settings(UseSettings):
     """Logits are divided by it; 0 is greedy, and gives one answer only."""
     max_new_tokens: int = Field(2048, ge=1)
     """Longest answer in tokens; answers cut there are never kept."""
+    system_prompt: str | None = None
+    """System turn put before every problem without one; default: the one a model was trained with by kitae, else the
+    instruction that asks for the form of the reasoning reward. "" asks without any."""
     split: str = "train"
     """Split of a hub data set."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -144,7 +149,7 @@ def sample(use: Settings) -> dict[str, Any]:
     from kitae.data.sources import open_dataset
     from kitae.evaluate.sample import Asked, Filter, right_reward, select
 
-    _require_sense(use)
+    require_sense(use)
     output = Path(use.output).expanduser()
     dataset = open_dataset(
         use.dataset_name,
@@ -173,6 +178,8 @@ def sample(use: Settings) -> dict[str, Any]:
         raise StoppedError(f"{error}; {_kept(asked)}", signal_number=error.exit_code - 128) from error
     except EndpointError as error:
         raise EndpointError(f"{error}; {_kept(asked)}") from error
+    except RunDirError as error:  # a full disk: there is no --resume here
+        raise RunDirError(f"{str(error).replace(' with --resume', '')}; {_kept(asked)}") from error
     finally:
         asked.close()
     by = Filter(
@@ -205,7 +212,8 @@ def sample(use: Settings) -> dict[str, Any]:
     return summary
 
 
-def _require_sense(use: Settings) -> None:
+def require_sense(use: Settings) -> None:
+    """Refuse settings that contradict each other or would have no effect."""
     require(
         use.n == 1 or use.temperature > 0,
         f"n is {use.n} and temperature 0, which gives the same answer {use.n} times; set --temperature, such as 0.7",
@@ -233,7 +241,7 @@ def _require_sense(use: Settings) -> None:
 
 def _how(use: Settings) -> dict[str, Any]:
     """What the answers and their judgement depend on, besides teacher and data."""
-    from kitae.models.fingerprint import file_hash
+    from kitae.train.files import content_hash
 
     code = use.reward.rpartition(":")[0]
     return {
@@ -245,7 +253,7 @@ def _how(use: Settings) -> dict[str, Any]:
             "form": use.form,
             "strict_form": use.strict_form,
             "timeout_s": use.reward_timeout_s,
-            "code": file_hash(Path(code).expanduser())
+            "code": content_hash(Path(code).expanduser())
             if code.endswith(".py") and Path(code).is_file()
             else None,
         },
@@ -308,16 +316,19 @@ class _Local:
 
     def __init__(self, use: Settings, dataset: Dataset) -> None:
         from kitae.models.files import find_model
-        from kitae.models.fingerprint import fingerprint
+        from kitae.models.fingerprint import model_fingerprint
+        from kitae.train.files import content_hash
 
         self._use, self._dataset = use, dataset
         found = find_model(use.model, revision=use.revision, with_code=use.trust_remote_code)
-        self.provenance = {"model": found.name if found.adapter is None else str(found.adapter)}
-        self.provenance["fingerprint"] = fingerprint(found)
+        self.provenance = {"model": found.name if found.adapter is None else str(found.adapter.resolve())}
+        self.provenance["fingerprint"] = model_fingerprint(found)
         own = ("system_prompt", "template", "raw", "tokenizer", "dtype", "quantization")
         self.identity = {"fingerprint": self.provenance["fingerprint"]} | {
             name: getattr(use, name) for name in own
         }
+        folder = found.adapter or found.folder
+        self.identity |= {n: content_hash(folder / n) for n in TEXT_FILES if (folder / n).is_file()}
         self.opened: dict[str, Any] = {}
 
     def ask(self, asked: Asked, *, on_open: Callable[[], None]) -> None:
@@ -392,7 +403,11 @@ class _Remote:
         self._use, self._dataset = use, dataset
         asked_for = _form_instruction(use, dataset) if use.system_prompt is None else use.system_prompt
         self.system_prompt = asked_for or None
-        self.opened = {"system_prompt": self.system_prompt, "too_long": 0, "answers": len(dataset) * use.n}
+        self.opened: dict[str, Any] = {
+            "system_prompt": self.system_prompt,
+            "too_long": 0,
+            "answers": len(dataset) * use.n,
+        }
         self._engine = self._make_engine()
         self.provenance = {"model": use.model, "base_url": str(use.base_url)}
         self.identity = {**self.provenance, "system_prompt": self.system_prompt, "extra_body": use.extra_body}
@@ -583,9 +598,11 @@ def _show(use: Settings, summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['output']}: {summary['kept']:,} rows", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = Table(
+        title=f"{summary['output']}: {summary['kept']:,} rows", title_justify="left", show_header=False
+    )
+    table.add_column()
+    table.add_column(justify="right")
     too_long = f" ({summary['too_long']} too long)" if summary["too_long"] else ""
     rows = [
         ("problems asked", f"{summary['problems']:,} of {summary['rows']:,}{too_long}"),

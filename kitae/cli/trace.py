@@ -156,6 +156,7 @@ class _Trace:
 
     def _prepare_sft(self, example: Example, template: Template, learner: Learner) -> Prepared:
         from kitae.algos import averaging, losses
+        from kitae.recipes._losses import chosen_loss
 
         cfg = self._cfg
         rows = template.rows(example, max_length=cfg.data.max_length)
@@ -164,17 +165,18 @@ class _Trace:
                 f"{example.source}: no target lies within data.max_length = {cfg.data.max_length} tokens"
             )
         weighed, denominator = averaging.weigh(rows, cfg.train.average)
-        return Prepared(
-            weighed, denominator, losses.cross_entropy, 1.0, cfg.train.per_device_train_batch_size
-        )
+        loss_fn = chosen_loss(cfg.loss, default=losses.cross_entropy, produces=[])
+        return Prepared(weighed, denominator, loss_fn, 1.0, cfg.train.per_device_train_batch_size)
 
     def _prepare_grpo(self, example: Example, template: Template, learner: Learner) -> Prepared:
         """Sample and judge a group, as in the run's first round."""
-        from kitae.algos import advantages, averaging, losses
+        from kitae.algos import averaging
         from kitae.data.collate import collate
+        from kitae.recipes import _variants as variants
+        from kitae.recipes._losses import chosen_loss
+        from kitae.recipes._rewards import open_rewards
         from kitae.recipes._sampling import Judge, Reference, Sampler, rewards_of
         from kitae.recipes.grpo import to_rows
-        from kitae.rewards.pool import RewardPool
         from kitae.rollout.generic import GenericEngine
 
         cfg = self._cfg
@@ -197,11 +199,12 @@ class _Trace:
         )
         sampler = Sampler(engine, learner=learner, rollout=cfg.rollout, seed=cfg.train.seed)
         groups = sampler.sample([problem], n=n, temperature=temperature, step=1)
-        with RewardPool(cfg.reward) as pool:
-            scores = Judge(pool).score(groups)
-        advantages_PG = advantages.group_relative(
-            rewards_of(scores, num_generations=n), scale_by_std=cfg.grpo.scale_by_std
-        )
+        with open_rewards(cfg.reward, device=cfg.model.device, dtype=cfg.model.dtype) as rewards:
+            scores = Judge(rewards).score(groups)
+        rewards_PG = rewards_of(scores, num_generations=n)
+        if cfg.rollout.overlong_buffer:
+            rewards_PG += variants.overlong_penalties(groups, cfg.rollout, world=learner.world)[0]
+        advantages_PG = variants.advantages_of(rewards_PG, cfg.grpo, world=learner.world)
         judged = zip(groups[0], scores[0], advantages_PG[0].tolist(), strict=True)
         lines = [
             f"{i}: reward {score.value} ({score.reason}), advantage {advantage:+.4f}, {rollout.finish_reason}: "
@@ -212,20 +215,20 @@ class _Trace:
         self._found["rewards"] = [score.value for score in scores[0]]
         self._found["advantages"] = advantages_PG[0].tolist()
         rows = [to_rows(groups[0], scores[0], advantages_G=advantages_PG[0], rollout=cfg.rollout)]
+        lay_out = partial(collate, rows_per_forward=cfg.rollout.rows_per_forward)
         if cfg.grpo.kl_coef:
             # Before the first step a full model is its own reference.
             scorer = learner if learner.policy.peft is None else learner.without_adapter()
-            lay_out = partial(collate, rows_per_forward=cfg.rollout.rows_per_forward)
             reference = Reference(scorer, collate=lay_out)
             rows = reference.annotate(rows, temperature=temperature)
+        if cfg.grpo.is_cap:
+            own = Reference(learner, collate=lay_out, stream="old_logprobs")
+            rows = variants.with_own_logprobs(rows, own, temperature=temperature)
         weighed, denominator = averaging.weigh(
             rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
         )
-        loss_fn = partial(
-            losses.clipped_policy_gradient,
-            clip_low=cfg.grpo.clip_low,
-            clip_high=cfg.grpo.clip_high,
-            kl_coef=cfg.grpo.kl_coef,
+        loss_fn = chosen_loss(
+            cfg.loss, default=variants.loss_of(cfg.grpo), produces=variants.streams_of(cfg.grpo)
         )
         return Prepared(weighed, denominator, loss_fn, temperature, cfg.rollout.rows_per_forward)
 

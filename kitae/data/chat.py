@@ -108,6 +108,7 @@ class Template:
             token_ids=ids,
             answer=example.answer,
             columns=example.columns,
+            messages=question,
             prefill=prefill,
             index=index,
         )
@@ -125,6 +126,22 @@ class Template:
         except RowError as error:
             raise DataError(f"{example.source}: {error}") from error
         return [row for row in (self._cut(row, max_length, counts) for row in rows) if row is not None]
+
+    def completed(self, messages: Sequence[Message], text: str) -> Row:
+        """A prompt and a completion of it, as a reward reads it, as one row that ends with the end of turn.
+
+        It is rendered as `rows` would teach it; text that `rows` refuses, such as an unclosed think block, stays as it
+        is. Raises RowError where the template refuses the prompt.
+        """
+        prompt, prefill, _ = self._prompt(messages, {})
+        try:
+            completion = self._completion(text, prefill)
+        except RowError:
+            completion = text.removeprefix(prefill)
+        marks = Marks(self._encoder)
+        said = marks.encode(marks.hide(completion, allowed=TAGS), is_start=False) + self._end_ids
+        mask = [False] * len(prompt) + [True] * len(said)
+        return Row(token_ids=prompt + said, loss_mask=mask, prompt_length=len(prompt))
 
     def encode_completion(self, text: str) -> list[int]:
         """Ids of assistant text, without the end token; of control tokens only think and answer tags arise."""

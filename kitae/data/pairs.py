@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,8 @@ class RenderedPairs(Sequence[list[Row]]):
     `as_labels` makes two items of a pair. Left out and counted are items whose prompt is longer than
     max_prompt_length tokens, those that have nothing left of a completion within max_length, and pairs that differ
     only beyond it. Examples that the template refuses are listed together in a DataError, or left out too with
-    skip_bad. `use` is what log lines call the items.
+    skip_bad. `margin_column` names a column whose number both rows of a pair get as `margin`. `use` is what log lines
+    call the items.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class RenderedPairs(Sequence[list[Row]]):
         max_length: int,
         max_prompt_length: int | None = None,
         as_labels: bool = False,
+        margin_column: str = "",
         use: str = "training",
         skip_bad: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
-        self._template, self._as_labels, self._use = template, as_labels, use
+        self._template, self._as_labels, self.use = template, as_labels, use
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self.counts: Counter[str] = Counter()
         """tokens, taught_tokens; what Template.rows counts; long_prompts, emptied and equalled items that were dropped."""
@@ -60,8 +63,10 @@ class RenderedPairs(Sequence[list[Row]]):
             if on_progress is not None and i % 100 == 0:
                 on_progress(i)
             try:
+                margin = _margin(dataset[i], margin_column) if margin_column else {}
                 for contents, label in _items(dataset[i], as_labels=as_labels):
-                    self._add(dataset[i], contents, label)
+                    numbers = margin if label is None else {"label": float(label)}
+                    self._add(dataset[i], contents, numbers)
             except DataError as error:
                 bad.add(error)
         self._store.finish()
@@ -80,11 +85,10 @@ class RenderedPairs(Sequence[list[Row]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        prompt, completions, label = json.loads(self._store[index if index >= 0 else len(self) + index])
-        numbers = {} if label is None else {"label": float(label)}
+        prompt, completions, numbers = json.loads(self._store[index if index >= 0 else len(self) + index])
         return [replace(_row(prompt, completion), numbers=dict(numbers)) for completion in completions]
 
-    def _add(self, example: Example, contents: Sequence[str], label: bool | None) -> None:
+    def _add(self, example: Example, contents: Sequence[str], numbers: dict[str, float]) -> None:
         """Render one item, and keep it or count why not."""
         counts: Counter[str] = Counter()
         rows: list[Row] = []
@@ -102,13 +106,13 @@ class RenderedPairs(Sequence[list[Row]]):
             self.counts["equalled"] += 1
         else:
             self.counts += counts
-            self._append(rows, label)
+            self._append(rows, numbers)
 
-    def _append(self, rows: list[Row], label: bool | None) -> None:
+    def _append(self, rows: list[Row], numbers: dict[str, float]) -> None:
         length = rows[0].prompt_length
         prompt = rows[0].token_ids[:length]
         assert all(row.token_ids[:length] == prompt and row.prompt_length == length for row in rows)
-        packed = [prompt, [row.token_ids[length:] for row in rows], label]
+        packed = [prompt, [row.token_ids[length:] for row in rows], numbers]
         self._store.append(json.dumps(packed, separators=(",", ":")).encode())
         self.prompt_hashes.append(xxhash.xxh3_64_intdigest(array("q", prompt).tobytes()))
         self.counts["tokens"] += sum(len(row.token_ids) for row in rows)
@@ -128,10 +132,10 @@ class RenderedPairs(Sequence[list[Row]]):
         n, what = self.counts, "labelled completions" if self._as_labels else "pairs"
         log.info(
             "%d %s %s, %d tokens, %.1f %% of them in completions",
-            len(self), self._use, what, n["tokens"], 100 * n["taught_tokens"] / n["tokens"],
+            len(self), self.use, what, n["tokens"], 100 * n["taught_tokens"] / n["tokens"],
         )  # fmt: skip
         if dropped := self._dropped():
-            log.warning("some %s %s were dropped: %s", self._use, what, dropped)
+            log.warning("some %s %s were dropped: %s", self.use, what, dropped)
         if n["rows_cut"]:
             log.warning(
                 "%d completions went beyond data.max_length = %d and lost their end, %d of them an answer",
@@ -142,7 +146,7 @@ class RenderedPairs(Sequence[list[Row]]):
         if n["unopened_thinks"]:
             log.warning(
                 "%d %s completions have a </think> that no <think> comes before; they are taught as they are",
-                n["unopened_thinks"], self._use,
+                n["unopened_thinks"], self.use,
             )  # fmt: skip
 
 
@@ -157,7 +161,8 @@ class WithMismatched(Sequence[list[Row]]):
         self._items, self._max_length = items, max_length
         if len(set(items.prompt_hashes)) < 2:
             raise DataError(
-                f"all {len(items)} rows have the same prompt: kto compares completions of different prompts"
+                f"all {len(items)} {items.use} rows have the same prompt: kto compares completions of different prompts; "
+                "give more of them (for evaluation: data.hold_out or data.eval)"
             )
 
     def __len__(self) -> int:
@@ -184,6 +189,21 @@ def _items(example: Example, *, as_labels: bool) -> list[tuple[list[str], bool |
     if as_labels:
         return [([first], True), ([example.rejected], False)]
     return [([first, example.rejected], None)]
+
+
+def _margin(example: Example, column: str) -> dict[str, float]:
+    """The pair's number `margin` from a column of its data."""
+    value = example.columns.get(column)
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(
+            f"{example.source}: column {column!r} must be a number, as reward_model.margin_column names it; it is "
+            f"{value!r}"
+        )
+    return {"margin": number}
 
 
 def _row(prompt: list[int], completion: list[int]) -> Row:

@@ -13,9 +13,10 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from kitae.algos.intervals import wilson
 from kitae.config import SamplingSettings
 from kitae.evaluate.records import Record
-from kitae.evaluate.stats import pass_at_k, wilson
+from kitae.evaluate.stats import pass_at_k
 from kitae.rewards import reasoning
 from kitae.rewards.math import final_answer, is_usable
 from kitae.rewards.pool import RewardPool
@@ -76,7 +77,7 @@ def judge(groups: Sequence[Sequence[Rollout]], *, pool: RewardPool) -> list[Reco
                 "right_form": not form.problem,
                 "reward": score.value,
                 "reason": score.reason,
-                "num_tokens": len(rollout.token_ids),
+                "num_tokens": rollout.num_tokens,
                 "finish_reason": rollout.finish_reason,
                 "columns": json.loads(json.dumps(problem.columns, default=str)),
             }

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,15 +209,25 @@ def ask_endpoint(
     on_answers: OnAnswers,
 ) -> None:
     """Ask an endpoint for (problem, number of the answer); `on_answers` gets each as soon as it is judged."""
+    judged: deque[Answer] = deque()
 
-    def ask(item: tuple[Problem, int]) -> Answer:
+    def ask(item: tuple[Problem, int]) -> None:
         problem, sample = item
         rollout = engine.ask(problem, sample, sampling=sampling, seed=seed)
         [score] = pool.score([(rollout.text, problem)])
-        return answer_of(rollout, score, sample=sample, function=pool.settings.function)
+        judged.append(answer_of(rollout, score, sample=sample, function=pool.settings.function))
 
-    for answer in engine.each(wanted, ask):
-        on_answers([answer])
+    def take() -> None:
+        found = list(judged)
+        on_answers(found)
+        for _ in found:  # after they are written: a signal may strike at any instant
+            judged.popleft()
+
+    try:
+        for _ in engine.each(wanted, ask):
+            take()
+    finally:  # also when a signal ends it: what is answered stays answered
+        take()
 
 
 def answer_of(rollout: Rollout, score: Score, *, sample: int, function: str) -> Answer:
@@ -301,9 +311,8 @@ def select(
                 text = _row_text(example, answer, source=source, system_prompt=system_prompt, dropped=dropped)
                 if text is None:
                     continue
-                digest = xxhash.xxh3_128_digest(
-                    f"{json.dumps(example.question)}\0{answer['completion'].strip()}"
-                )
+                same = f"{json.dumps(example.question)}\0{answer['completion'].strip()}"
+                digest = xxhash.xxh3_128_digest(same.encode())
                 if digest in seen:  # two problems of the data are the same
                     dropped["duplicate"] += 1
                     continue
@@ -313,7 +322,11 @@ def select(
                 sources.add(problem)
     with disk_errors(output):
         part.replace(output)
-    return summary | {"kept": num_rows, "problems_kept": len(sources), "dropped": dict(dropped.most_common())}
+    return summary | {
+        "kept": num_rows,
+        "problems_kept": len(sources),
+        "dropped": {reason: count for reason, count in dropped.most_common() if count},
+    }
 
 
 def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[str, Any]]:
@@ -322,7 +335,14 @@ def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[st
     reasons: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     tokens = right = 0
+    seen: set[Place] = set()
     for start, answer in read_asked(asked):
+        if (
+            answer["problem"],
+            answer["sample"],
+        ) in seen:  # a signal struck between writing it and noting that
+            continue
+        seen.add((answer["problem"], answer["sample"]))
         reward, text = answer["reward"], answer["completion"].strip()
         is_right = reward is not None and reward >= by.min_reward
         is_cut = answer["finish_reason"] == "length"
@@ -335,7 +355,7 @@ def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[st
             dropped["reward too low"] += 1
         elif is_cut:
             dropped["cut at max_new_tokens"] += 1
-        digest = xxhash.xxh3_64_intdigest(text)
+        digest = xxhash.xxh3_64_intdigest(text.encode(errors="replace"))
         entries[answer["problem"]].append(
             _Entry(answer["problem"], answer["sample"], start, len(text), is_right, is_cut, digest)
         )
@@ -357,7 +377,7 @@ def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[st
 def _kind(answer: Answer) -> str:
     """A reason without the particulars of its answer: "wrong: 5, expected 6" -> "wrong"."""
     if answer["reward"] is None:
-        return "could not be scored"
+        return f"could not be scored: {answer['reason'][:60]}"
     named = answer["reason"].partition(":")[0].strip()
     return named[:60] or f"reward {answer['reward']:g}"
 

@@ -41,8 +41,10 @@ class Targets(NamedTuple):
 class SoftTargets(Protocol):
     """The teacher's side of N predictions."""
 
-    num_columns: int
-    """The comparison is over token ids below this, which both models have."""
+    @property
+    def num_columns(self) -> int:
+        """The comparison is over token ids below this, which both models have."""
+        ...
 
     def chunk(self, start: int, stop: int, rows: int, targets_C: Tensor) -> Targets:
         """Of predictions start:stop, filled up to `rows` with anything finite."""

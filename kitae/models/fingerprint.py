@@ -1,43 +1,47 @@
-"""Which model exactly: one hash over its weights, configuration, tokenizer and adapter. Needs no torch."""
+"""What tells one model's weights, and one tokenizer's vocabulary, from another's without reading all of them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from kitae.errors import ModelError
 from kitae.models.files import ModelFiles
 
-PART_BYTES = 16 << 20
-KINDS = (".safetensors", ".json", ".jinja")
-"""What a model is loaded from; a run's folder also holds files of ours, which change while the model does not."""
-NOT_THE_MODEL = ("run.json", "status.json", "exit.json", "final.json", "trainer_state.json")
+PLACES, SAMPLE_BYTES = 16, 1 << 16
+"""Of each weight file this many places of so many bytes are read, its header and its end among them."""
 
 
-def model_parts(folder: Path) -> list[Path]:
-    """The files of a model folder that decide what it answers."""
-    return sorted(
-        p for p in folder.iterdir() if p.suffix in KINDS and p.name not in NOT_THE_MODEL and p.is_file()
-    )
+def model_fingerprint(found: ModelFiles) -> str:
+    """Hash of a model's configuration, and of the size, header and samples of its weight files, adapter included.
 
-
-def fingerprint(found: ModelFiles) -> str:
-    """The same for equal files, wherever they lie; reads all of them once."""
-    whole = xxhash.xxh3_128()
+    A model of the same shape that was trained by even one more step differs in nearly every sample.
+    """
+    digest = xxhash.xxh3_128()
     for folder in (found.folder, found.adapter):
-        for path in model_parts(folder) if folder is not None else ():
-            whole.update(f"{path.name}\0{file_hash(path)}\0".encode())
-    return whole.hexdigest()
+        if folder is None:
+            continue
+        for name in ("config.json", "adapter_config.json"):
+            if (folder / name).is_file():
+                digest.update((folder / name).read_bytes())
+        for file in sorted(folder.glob("*.safetensors")):
+            _add_samples(digest, file)
+    return digest.hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """Hash of a file's content."""
-    hashed = xxhash.xxh3_128()
-    try:
-        with path.open("rb") as file:
-            while part := file.read(PART_BYTES):
-                hashed.update(part)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    return hashed.hexdigest()
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Hash of a tokenizer's tokens and their ids. Any: a transformers tokenizer."""
+    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return xxhash.xxh3_128_hexdigest(json.dumps(pairs).encode())
+
+
+def _add_samples(digest: xxhash.xxh3_128, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name} {size}".encode())
+    last = max(size - SAMPLE_BYTES, 0)
+    with file.open("rb") as stream:
+        for place in range(PLACES):
+            stream.seek(last * place // (PLACES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,20 +70,21 @@ def copy_into(target: Tensor, source: Tensor) -> None:
 class RenewedWeights:
     """The reference's weights in a run that renews them; part of every checkpoint."""
 
-    def __init__(self, pairs: Iterable[Pair]) -> None:
-        self._pairs = list(pairs)
+    def __init__(self, pairs: Callable[[], list[Pair]]) -> None:
+        """`pairs` is called anew each time: while FSDP has a layer gathered, its parameters are other objects."""
+        self._pairs = pairs
 
     def renew(self) -> None:
         """Let the reference be what the policy is now."""
-        for _, frozen, trained in self._pairs:
+        for _, frozen, trained in self._pairs():
             copy_into(frozen, trained)
 
     def state(self) -> dict[str, Any]:
-        return {name: _own(frozen) for name, frozen, _ in self._pairs}
+        return {name: _own(frozen) for name, frozen, _ in self._pairs()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        for name, frozen, _ in self._pairs:
+        for name, frozen, _ in self._pairs():
             _own(frozen).copy_(state[name])
 
 

@@ -160,16 +160,19 @@ class _Chunked(torch.autograd.Function):
             stop = min(start + task.rows, n)
             hidden_CH, logits_CV = _logits(hidden_NH, weight_VH, bias_V, task, start, stop)
             targets_C1 = padded(task.targets_N, start, stop, task.rows)[:, None]
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            logprobs_C = (logits_CV.gather(1, targets_C1) - lse_C1).squeeze(1)
-            logprobs_N[start:stop], lse_N[start:stop] = logprobs_C[: stop - start], lse_C1[: stop - start, 0]
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            target_C1 = logits_CV.sub_(largest_C1).gather(1, targets_C1)
+            exp_CV = logits_CV.exp() if task.with_entropy else logits_CV.exp_()  # once: it is a third of the head's work
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            logprobs_N[start:stop] = (target_C1 - sum_C1.log())[: stop - start, 0]
+            lse_N[start:stop] = (largest_C1 + sum_C1.log())[: stop - start, 0]
             if task.with_entropy:
-                entropy_C = lse_C1[:, 0] - ((logits_CV - lse_C1).exp() * logits_CV).sum(-1)
+                entropy_C = sum_C1.log()[:, 0] - (exp_CV / sum_C1).mul_(logits_CV).sum(-1)
                 entropy_N[start:stop] = entropy_C[: stop - start]
             if eager is not None and coefficients_N is not None:
                 grad_C1 = padded(coefficients_N, start, stop, task.rows)[:, None] / task.temperature
-                _to_gradient_(logits_CV, targets_C1, lse_C1, grad_C1)
-                eager.add(start, stop, logits_CV, hidden_CH, weight_VH)
+                exp_CV.mul_(-grad_C1 / sum_C1).scatter_add_(1, targets_C1, grad_C1)  # see _to_gradient_
+                eager.add(start, stop, exp_CV, hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, lse_N, entropy_N)
         ctx.task, ctx.coefficients_N, ctx.eager = task, coefficients_N, eager
         ctx.main_grads = [getattr(p, "main_grad", None) for p in (weight_VH, bias_V)]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kitae.errors import ModelError
-from kitae.models.files import weight_files
+from kitae.models.files import ModelFiles, read_json, weight_files
 from kitae.models.lora import ADAPTER, finish, without_peft_chatter
 
 WEIGHT = "score.weight"
@@ -40,6 +40,13 @@ def check(folder: Path, weights: Mapping[str, Path], config: Any, *, is_wanted: 
     config.num_labels = 1
 
 
+def has_score(found: ModelFiles) -> bool:
+    """Whether a folder, or the adapter in it, holds a score: a reward model, and no language model."""
+    if found.adapter is not None:
+        return read_json(found.adapter / "adapter_config.json").get("task_type") == "SEQ_CLS"
+    return WEIGHT in weight_files(found.folder)
+
+
 def prepare(classifier: Any, weights: Mapping[str, Path]) -> None:
     """Put the head in float32; a new one starts at zero.
 
@@ -63,14 +70,17 @@ def prepare(classifier: Any, weights: Mapping[str, Path]) -> None:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Inside it transformers does not tell that a language model has no score and a classifier no output layer."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Inside it transformers does not tell that a language model has no score, and that its plans do not name one."""
+    names = ("modeling_utils", "distributed.tensor_parallel")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def load_adapter(

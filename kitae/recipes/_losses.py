@@ -119,7 +119,7 @@ class _Own:
             loss, _ = self._call(out._replace(**leaves), weights_N, streams)
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         zeros = (torch.zeros_like(value) for value in leaves.values())
-        return float(loss), [zero if g is None else g for g, zero in zip(found, zeros, strict=True)]
+        return float(loss.detach()), [zero if g is None else g for g, zero in zip(found, zeros, strict=True)]
 
 
 def _asked(name: str, function: Callable[..., Any], *, known: Sequence[str]) -> list[str]:
@@ -144,13 +144,12 @@ def _asked(name: str, function: Callable[..., Any], *, known: Sequence[str]) -> 
 
 def _doubled(out: TokenOutputs) -> TokenOutputs:
     """The same rows twice."""
-    fields = {
-        name: torch.cat((value, value)) if isinstance(value, Tensor) else value
-        for name, value in out._asdict().items()
+    # Any: _replace takes tensors and one number.
+    twice: dict[str, Any] = {
+        name: torch.cat((value, value)) for name, value in out._asdict().items() if isinstance(value, Tensor)
     }
-    if out.row_N is not None:
-        fields["row_N"] = torch.cat((out.row_N, out.row_N + out.num_rows))
-    return TokenOutputs(**fields | {"num_rows": 2 * out.num_rows})
+    row_N = None if out.row_N is None else torch.cat((out.row_N, out.row_N + out.num_rows))
+    return out._replace(**twice | {"row_N": row_N, "num_rows": 2 * out.num_rows})
 
 
 def _described(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -101,15 +102,15 @@ class ReferenceCache:
         """Score the rows of these items that the file does not have, each rank its share."""
         self._read()
         mine = indices[self._world.rank :: self._world.world_size]
-        self._check_some(row for i in mine[:ITEMS_CHECKED] for row in items[i])
+        self._check_some(items[i] for i in mine[:ITEMS_CHECKED])
         ticker = Ticker("items scored by the reference", total=len(indices))
         was_known = len(self._known)
         file = JsonLines(self._path) if self._world.is_main else None
         try:
             # Every rank has as many rounds as the first, which has most items.
             for first in range(0, -(-len(indices) // self._world.world_size), ITEMS_AT_A_TIME):
-                rows = [row for i in mine[first : first + ITEMS_AT_A_TIME] for row in items[i]]
-                new = list({key: row for row in rows if (key := _key(row)) not in self._known}.values())
+                taken = [items[i] for i in mine[first : first + ITEMS_AT_A_TIME]]
+                new = [row for item in taken if not self._has(item) for row in item]
                 found = dict(zip(map(_key, new), score(self._learner, self._collate(new)), strict=True))
                 parts = [dict(part) for part in self._world.gather_json(list(found.items()))]
                 for part in parts:
@@ -152,15 +153,20 @@ class ReferenceCache:
             finally:
                 file.close()
         for part in self._world.broadcast_json(parts):
-            self._known |= {int(key): float(value) for key, value in part}
+            self._known |= {int(key): float(value) for key, value in part if value is not None}
 
-    def _check_some(self, rows: Iterable[Row]) -> None:
+    def _has(self, item: list[Row]) -> bool:
+        return all(_key(row) in self._known for row in item)
+
+    def _check_some(self, items: Iterable[list[Row]]) -> None:
         """Refuse numbers that the weights of today do not give."""
-        known = [row for row in rows if _key(row) in self._known]
+        known = [row for item in items if self._has(item) for row in item]
         now = score(self._learner, self._collate(known))
-        kept = [self._known[_key(row)] for row in known]
-        # Rounding in 16 bits is far below this, another model's log-probs far above.
-        is_off = any(abs(a - b) > 0.5 + 0.02 * abs(b) for a, b in zip(now, kept, strict=True))
+        rounding = 2e-3 if self._learner.policy.dtype == torch.float32 else 5e-2  # generously, per token
+        is_off = any(
+            abs(value - self._known[_key(row)]) > rounding * math.sqrt(row.num_taught)
+            for row, value in zip(known, now, strict=True)
+        )
         if any(self._world.gather_json(is_off)):
             raise CheckpointError(
                 f"the reference log-probs in {self._path} are not those of {self._model['name_or_path']} "

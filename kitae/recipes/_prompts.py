@@ -9,6 +9,7 @@ numbered places; place i of the round is place i // ranks of rank i % ranks, so 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kitae.algos.advantages import is_dead
 from kitae.data.loader import Loader
@@ -23,6 +24,28 @@ LOOKS_PER_PLACE = 16
 """So many spare prompts are looked at for each place before it keeps what it has."""
 
 
+class Round(NamedTuple):
+    """The groups of this rank that a round trains on, those that left it, and how many they were on all ranks."""
+
+    groups: Groups
+    scores: Scores
+    left_groups: Groups
+    left_scores: Scores
+    metrics: dict[str, float]
+
+    @property
+    def everything(self) -> tuple[Groups, Scores]:
+        """All that was sampled."""
+        return self.groups + self.left_groups, self.scores + self.left_scores
+
+    def dead_places(self) -> list[int]:
+        """Which groups teach nothing, by the rewards as they were given."""
+        if not self.groups:
+            return []
+        dead_P = is_dead(rewards_of(self.scores, num_generations=len(self.groups[0])))
+        return [int(place) for place in dead_P.nonzero()]
+
+
 class Prompts:
     """Deals the prompts of each round to the ranks; every rank calls its methods together."""
 
@@ -34,10 +57,11 @@ class Prompts:
         spares: Loader[int],
         world: World,
         curriculum: Difficulty | None,
+        refill_passes: int,
     ) -> None:
         """`spares` walks through the numbers of `problems` one at a time; with `curriculum`, settled ones leave."""
         self._problems, self._loader, self._spares = problems, loader, spares
-        self._world, self._curriculum = world, curriculum
+        self._world, self._curriculum, self._passes = world, curriculum, refill_passes
         self._seen: set[int] = set()
 
     @property
@@ -57,41 +81,38 @@ class Prompts:
                 self._curriculum.pass_over(index)
         return [found.get(i, problem) for i, problem in enumerate(mine)]
 
-    def refill(
-        self, groups: Groups, scores: Scores, *, passes: int, attempt: Attempt
-    ) -> tuple[Groups, Scores, dict[str, float]]:
-        """Replace dead groups by groups of spare prompts, dead ones among these too, in at most so many passes.
+    def round(self, attempt: Attempt) -> Round:
+        """Take prompts and sample and judge them; then replace dead groups, as often as the settings allow.
 
-        Dynamic sampling of arXiv:2503.14476, section 3.2, within a budget. The groups that were replaced follow behind the
-        round's own, which are as many as before. Metrics: refilled_groups, and refill_dead (share of dead ones left).
+        Dynamic sampling of arXiv:2503.14476, section 3.2, within a budget of passes. What is dead after the last one stays.
         """
-        groups, scores = list(groups), list(scores)
-        out: tuple[Groups, Scores] = ([], [])
+        groups, scores = attempt(self.take())
+        done = Round(groups, scores, [], [], {})
+        if not self._passes:
+            return done
         refilled = 0
-        for _ in range(passes):
-            found = self._replace(_dead_places(groups, scores))
+        for _ in range(self._passes):
+            found = self._replace(done.dead_places())
             drawn = sum(self._world.gather_json(len(found)))
             if not drawn:
                 break
             refilled += drawn
             places = sorted(found)
-            new_groups, new_scores = attempt([found[i] for i in places])
-            for i, group, own_scores in zip(places, new_groups, new_scores, strict=True):
-                out[0].append(groups[i])
-                out[1].append(scores[i])
-                groups[i], scores[i] = group, own_scores
-        counts = self._world.gather_json([len(_dead_places(groups, scores)), len(groups)])
+            for place, group, own in zip(places, *attempt([found[p] for p in places]), strict=True):
+                done.left_groups.append(groups[place])
+                done.left_scores.append(scores[place])
+                groups[place], scores[place] = group, own
+        counts = self._world.gather_json([len(done.dead_places()), len(groups)])
         dead, total = (sum(column) for column in zip(*counts, strict=True))
-        metrics = {"rollout/refilled_groups": float(refilled), "rollout/refill_dead": dead / max(total, 1)}
-        return groups + out[0], scores + out[1], metrics
+        done.metrics["rollout/refilled_groups"] = float(refilled)
+        done.metrics["rollout/dead_after_refill"] = dead / max(total, 1)
+        return done
 
     def _replace(self, places: list[int]) -> dict[int, Problem]:
         """Spare prompts for these places of this rank; fewer where the data has no others."""
         ranks = self._world.world_size
         wanted = sorted(
-            place * ranks + rank
-            for rank, own in enumerate(self._world.gather_json(places))
-            for place in own
+            place * ranks + rank for rank, own in enumerate(self._world.gather_json(places)) for place in own
         )
         return {
             place // ranks: problem
@@ -115,10 +136,3 @@ class Prompts:
             else:
                 drawn.append(problem)
         return drawn
-
-
-def _dead_places(groups: Groups, scores: Scores) -> list[int]:
-    if not groups:
-        return []
-    dead = is_dead(rewards_of(scores, num_generations=len(groups[0])))
-    return [i for i, is_dead_group in enumerate(dead.tolist()) if is_dead_group]

@@ -13,12 +13,13 @@ from kitae.config import RolloutSettings, SamplingSettings
 from kitae.data.collate import empty_batch, with_stream
 from kitae.models.policy import Policy
 from kitae.parallel.world import World
+from kitae.recipes._rewards import Rewards
 from kitae.rewards import reasoning
 from kitae.rewards.math import final_answer, is_usable
 from kitae.rewards.pool import EXHAUSTED, RewardPool
 from kitae.rollout.generic import GenericEngine
 from kitae.train.learner import Learner
-from kitae.types import Batch, Problem, Rollout, Row, Score
+from kitae.types import Batch, Problem, Rollout, Row, Score, WeighedScore
 
 Groups = list[list[Rollout]]
 Scores = list[list[Score]]
@@ -57,21 +58,21 @@ class Sampler:
 
 
 class Judge:
-    """Scores whole groups in worker processes."""
+    """Scores whole groups by the run's reward or rewards."""
 
-    def __init__(self, pool: RewardPool) -> None:
-        self._pool = pool
+    def __init__(self, rewards: RewardPool | Rewards) -> None:
+        self._rewards = rewards
 
     def score(self, groups: Groups) -> Scores:
         """A score per rollout, grouped alike."""
-        scores = iter(self._pool.score([(r.text, r.problem) for group in groups for r in group]))
+        scores = iter(self._rewards.score([(r.text, r.problem) for group in groups for r in group]))
         return [[next(scores) for _ in group] for group in groups]
 
     def num_right(self, groups: Groups) -> int:
         """How many completions hold the gold answer, wherever they hold it; as `kitae evaluate` counts."""
         found = [(final_answer(r.text)[0], r.problem.answer) for group in groups for r in group]
         pairs = [(answer, gold) for answer, gold in found if answer is not None and is_usable(gold)]
-        return sum(verdict.value == 1.0 for verdict in self._pool.compare(pairs))
+        return sum(verdict.value == 1.0 for verdict in self._rewards.compare(pairs))
 
 
 class Scorer(Protocol):
@@ -126,12 +127,13 @@ def rewards_of(scores: Scores, *, num_generations: int) -> torch.Tensor:
 def summarise(groups: Groups, scores: Scores, *, world: World, is_reasoning: bool) -> dict[str, float]:
     """What the rollouts of all ranks amounted to, as means; the same on every rank.
 
-    format_rate and accuracy are only known for the reasoning reward, whose values say both.
+    format_rate and accuracy are only known for the reasoning reward, whose own values say both.
     """
     flat = [
         (r, s) for group, own in zip(groups, scores, strict=True) for r, s in zip(group, own, strict=True)
     ]
     values = [s.value for _, s in flat if s.value is not None]
+    own = [s.main for _, s in flat if s.main is not None]
     dead = is_dead(rewards_of(scores, num_generations=len(groups[0]))) if groups else torch.zeros(0)
     counts = {
         "completions": len(flat),
@@ -140,8 +142,9 @@ def summarise(groups: Groups, scores: Scores, *, world: World, is_reasoning: boo
         "tokens": sum(len(r.token_ids) for r, _ in flat),
         "reward": sum(values),
         "squared": sum(v * v for v in values),
-        "right_form": sum(v >= reasoning.RIGHT_FORM for v in values),
-        "right": sum(v == reasoning.RIGHT_ANSWER for v in values),
+        "judged": len(own),
+        "right_form": sum(v >= reasoning.RIGHT_FORM for v in own),
+        "right": sum(v == reasoning.RIGHT_ANSWER for v in own),
         "truncated": sum(r.finish_reason == "length" for r, _ in flat),
         "timeouts": sum(s.reason in EXHAUSTED for _, s in flat),
         "dead": int(dead.sum()),
@@ -162,7 +165,8 @@ def summarise(groups: Groups, scores: Scores, *, world: World, is_reasoning: boo
         "entropy": n["surprise"] / max(n["tokens"], 1),
     }
     if is_reasoning:
-        found |= {"format_rate": n["right_form"] / scored, "accuracy": n["right"] / scored}
+        judged = max(n["judged"], 1)
+        found |= {"format_rate": n["right_form"] / judged, "accuracy": n["right"] / judged}
     return found
 
 
@@ -177,6 +181,7 @@ def sample_records(groups: Groups, scores: Scores) -> list[dict[str, Any]]:
             "answer": r.problem.answer,
             "reward": s.value,
             "reason": s.reason,
+            **({"rewards": s.parts} if isinstance(s, WeighedScore) else {}),
             "tokens": len(r.token_ids),
             "finish_reason": r.finish_reason,
         }

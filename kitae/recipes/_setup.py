@@ -23,6 +23,7 @@ from kitae.algos.losses import LossFn
 from kitae.config import GroupRolloutSettings, ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
+from kitae.data.formats import Purpose
 from kitae.data.loader import Loader
 from kitae.data.mixing import Mixture, hold_out
 from kitae.data.pairs import RenderedPairs, WithMismatched
@@ -39,12 +40,14 @@ from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
 from kitae.recipes._prompts import Prompts
+from kitae.recipes._rewards import Rewards, open_rewards, part_means
 from kitae.recipes._sampling import (
     FrozenModel,
     Groups,
     Judge,
     Reference,
     Sampler,
+    Scorer,
     Scores,
     sample_records,
     summarise,
@@ -73,7 +76,7 @@ class Setup:
         self._learner: Learner | None = None
         self._mixture: Mixture[Any] | None = None
         self._difficulty: Difficulty | None = None
-        self._pools: list[RewardPool] = []
+        self._rewards: list[RewardPool | Rewards] = []
         self._also_saved: list[Callable[[Path], None]] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
@@ -97,8 +100,8 @@ class Setup:
 
     def close(self) -> None:
         """End the worker processes."""
-        for pool in self._pools:
-            pool.close()
+        for rewards in self._rewards:
+            rewards.close()
 
     @property
     def _skips_bad_rows(self) -> bool:
@@ -132,7 +135,9 @@ class Setup:
         sources, held_out = self._sources(purpose="sft")
         return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
 
-    def problems(self, *, max_prompt_length: int) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
+    def problems(
+        self, *, max_prompt_length: int, purpose: Purpose = "rl"
+    ) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
         """The same as questions to sample from; too long ones are dropped and counted."""
 
         def render(dataset: Sequence[Any], first_index: int = 0) -> Sequence[Problem]:
@@ -145,18 +150,20 @@ class Setup:
                 on_progress=Ticker("prompts rendered", total=len(dataset)),
             )
 
-        sources, held_out = self._sources(purpose="rl")
+        sources, held_out = self._sources(purpose=purpose)
         starts = accumulate(map(len, sources), initial=0)
         rendered = [render(source, start) for source, start in zip(sources, starts, strict=False)]
         return self._mixed(rendered), held_out and render(held_out)
 
     def pairs(
-        self, *, max_length: int, max_prompt_length: int | None = None
+        self, *, max_length: int, max_prompt_length: int | None = None, margin_column: str = ""
     ) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
         """Training and evaluation pairs, `[chosen, rejected]` each; evaluation is None where none was asked for."""
 
         def render(dataset: Sequence[Any], use: str = "training") -> RenderedPairs:
-            return self._rendered_pairs(dataset, max_length, max_prompt_length, use=use)
+            return self._rendered_pairs(
+                dataset, max_length, max_prompt_length, use=use, margin_column=margin_column
+            )
 
         sources, held_out = self._sources(purpose="pairs")
         return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
@@ -187,7 +194,7 @@ class Setup:
             **how,
         )
 
-    def loader(self, items: Sequence[Any], *, items_per_step: int) -> Loader[Any]:
+    def loader(self, items: Sequence[Any], *, items_per_step: int, name: str = "loader") -> Loader[Any]:
         """Walks through items in the order of the seed, this rank's share of each step; part of every checkpoint."""
         loader = Loader(
             items,
@@ -198,7 +205,7 @@ class Setup:
             world_size=self.world.world_size,
             order=self._mixture.order if self._mixture else None,
         )
-        self.run.track("loader", loader)
+        self.run.track(name, loader)
         return loader
 
     def prompts(self, problems: Sequence[Problem], *, rollout: GroupRolloutSettings) -> Prompts:
@@ -221,6 +228,7 @@ class Setup:
             spares=spares,
             world=self.world,
             curriculum=self._difficulty if rollout.curriculum == "pass_rate" else None,
+            refill_passes=rollout.refill,
         )
 
     def total_steps(self, *, steps_per_epoch: int) -> int:
@@ -228,10 +236,12 @@ class Setup:
         epochs = self.cfg.train.num_train_epochs
         return int(self.cfg.train.max_steps or max(1, round(steps_per_epoch * epochs)))
 
-    def _sources(self, *, purpose: Any) -> tuple[list[Sequence[Any]], Sequence[Any] | None]:
+    def _sources(self, *, purpose: Purpose) -> tuple[list[Sequence[Any]], Sequence[Any] | None]:
         """Training sources (one, or one per weight), and evaluation rows if any are asked for."""
         data = self.cfg.data
-        need_answer = purpose == "rl" and self.cfg.reward.function in ("reasoning", "math")
+        reward = getattr(self.cfg, "reward", None)  # distillation samples and judges nothing
+        judges = {reward.function, *reward.extra} if reward is not None else set()
+        need_answer = purpose == "rl" and not judges.isdisjoint({"reasoning", "math"})
 
         def read(paths: Sequence[str], *, split: str, max_rows: int | None) -> Dataset:
             return open_dataset(
@@ -343,33 +353,30 @@ class Setup:
         path.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
         log.error("the %d rows of step %d on rank %d are in %s", len(rows), step, self.world.rank, path)
 
-    def reference(
-        self, learner: Learner, *, rows_per_forward: int, is_renewed: bool = False
-    ) -> Reference:
+    def reference(self, learner: Learner, *, rows_per_forward: int, is_renewed: bool = False) -> Reference:
         """The frozen start of the run: the adapter switched off, or for full fine-tuning a second copy.
 
         `is_renewed`: its renew() will be called, so its weights belong to checkpoints. A LoRA policy then was loaded with
         frozen.load_keeping_start.
         """
-        policy, scorer = learner.policy, learner.without_adapter()
+        policy = holder = learner.policy
         lay_out = partial(self.collate, rows_per_forward=rows_per_forward)
-        if policy.peft is not None:
-            holder, pairs = policy, frozen.adapter_pairs(policy) if is_renewed else []
-        else:
+        scorer: Scorer = learner.without_adapter()
+        if policy.peft is None:
             holder = load_policy(self._model, trainable=False, ranks=self.world.world_size)
             fsdp.shard(holder, self.world)
-            scorer, pairs = FrozenModel(holder, world=self.world), frozen.model_pairs(holder, policy)
+            scorer = FrozenModel(holder, world=self.world)
         if not is_renewed:
             return Reference(scorer, collate=lay_out)
+
+        def pairs() -> list[frozen.Pair]:
+            fsdp.drop_gathered(policy)
+            fsdp.drop_gathered(holder)
+            return frozen.adapter_pairs(policy) if holder is policy else frozen.model_pairs(holder, policy)
+
         weights = frozen.RenewedWeights(pairs)
         self.run.track("reference", weights)
-
-        def renew() -> None:
-            fsdp.drop_gathered(policy)
-            weights.renew()
-            fsdp.drop_gathered(holder)
-
-        return Reference(scorer, collate=lay_out, renew=renew)
+        return Reference(scorer, collate=lay_out, renew=weights.renew)
 
     # sampling and judging -------------------------------------------------------------------------------------
 
@@ -384,10 +391,11 @@ class Setup:
         return Sampler(engine, learner=learner, rollout=rollout, seed=self.cfg.train.seed)
 
     def judge(self, reward: RewardSettings) -> Judge:
-        """Worker processes that score completions."""
-        pool = RewardPool(reward)
-        self._pools.append(pool)
-        return Judge(pool)
+        """What scores completions: worker processes for functions, and reward models on this rank's device."""
+        model = self._model
+        rewards = open_rewards(reward, device=model.device, dtype=model.dtype, ranks=self.world.world_size)
+        self._rewards.append(rewards)
+        return Judge(rewards)
 
     # evaluation -----------------------------------------------------------------------------------------------
 
@@ -450,6 +458,7 @@ class Setup:
             if self.world.is_main:
                 self._difficulty.write(self.run.output_dir / "difficulty.jsonl")
         found = summarise(groups, scores, world=self.world, is_reasoning=self._is_reasoning)
+        found |= part_means(scores, world=self.world)
         return {f"rollout/{name}": value for name, value in found.items()}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What GRPO's optional settings do around its loop; with the defaults none of this is called but loss_of.
+"""What GRPO's optional settings do around its loop; the defaults are plain GRPO.
 
 The formulas are in algos/surrogates.py, algos/baselines.py and algos/overlong.py, the explanations in docs/recipes/grpo.md.
 """
@@ -14,25 +14,35 @@ from torch import Tensor
 
 from kitae.algos import baselines, losses, overlong, surrogates
 from kitae.config import GroupRolloutSettings
+from kitae.models import frozen
+from kitae.models.load import load_policy
+from kitae.models.policy import Policy
 from kitae.parallel.world import World
-from kitae.recipes._sampling import Groups
+from kitae.recipes._sampling import Groups, Reference
+from kitae.train.learner import Learner
 from kitae.types import Row
 
 if TYPE_CHECKING:
     from kitae.algos.losses import LossFn
-    from kitae.recipes._sampling import Reference
+    from kitae.recipes._setup import Setup
     from kitae.recipes.grpo import GRPOSettings
 
 
 def loss_of(grpo: GRPOSettings) -> LossFn:
     """The objective the settings describe; plain GRPO's is losses.clipped_policy_gradient."""
-    plain = {"clip_low": grpo.clip_low, "clip_high": grpo.clip_high, "kl_coef": grpo.kl_coef}
     is_plain = grpo.objective == "clip" and grpo.ratio == "token"
     if is_plain and not (grpo.dual_clip or grpo.entropy_coef or grpo.is_cap):
-        return partial(losses.clipped_policy_gradient, **plain)
+        return partial(
+            losses.clipped_policy_gradient,
+            clip_low=grpo.clip_low,
+            clip_high=grpo.clip_high,
+            kl_coef=grpo.kl_coef,
+        )
     loss = partial(
         surrogates.policy_gradient,
-        **plain,
+        clip_low=grpo.clip_low,
+        clip_high=grpo.clip_high,
+        kl_coef=grpo.kl_coef,
         objective=grpo.objective,
         ratio=grpo.ratio,
         dual_clip=grpo.dual_clip,
@@ -41,6 +51,12 @@ def loss_of(grpo: GRPOSettings) -> LossFn:
     )
     loss.needs_entropy = grpo.entropy_coef > 0  # type: ignore[attr-defined]  # read by the Learner
     return loss
+
+
+def streams_of(grpo: GRPOSettings) -> list[str]:
+    """What a loss can ask for by name in this run."""
+    optional = {"ref_logprobs": grpo.kl_coef, "sampler_logprobs": grpo.is_cap}
+    return ["advantages", "old_logprobs", *(name for name, is_on in optional.items() if is_on)]
 
 
 def advantages_of(rewards_PG: Tensor, grpo: GRPOSettings, *, world: World) -> Tensor:
@@ -68,9 +84,32 @@ def overlong_penalties(
     return penalties_PG, {"rollout/overlong_penalty": total / max(count, 1)}
 
 
-def with_own_logprobs(
-    groups: list[list[Row]], own: Reference, *, temperature: float
-) -> list[list[Row]]:
+def loading_of(grpo: GRPOSettings) -> Callable[..., Policy]:
+    """How the policy is loaded: with a frozen copy of its adapter inside, where the reference will be refreshed."""
+    return frozen.load_keeping_start if grpo.ref_refresh_rounds else load_policy
+
+
+def scorers_of(
+    grpo: GRPOSettings, setup: Setup, learner: Learner, *, rows_per_forward: int
+) -> tuple[Reference | None, Reference | None]:
+    """The reference of a KL term, and the learner itself where grpo.is_cap compares it with the sampler."""
+    reference = own = None
+    if grpo.kl_coef:
+        is_renewed = grpo.ref_refresh_rounds > 0
+        reference = setup.reference(learner, rows_per_forward=rows_per_forward, is_renewed=is_renewed)
+    if grpo.is_cap:
+        lay_out = partial(setup.collate, rows_per_forward=rows_per_forward)
+        own = Reference(learner, collate=lay_out, stream="old_logprobs")
+    return reference, own
+
+
+def is_refresh_due(grpo: GRPOSettings, *, step: int, steps_per_round: int) -> bool:
+    """Whether the reference becomes the policy in the round that starts at this step."""
+    this, every = (step - 1) // steps_per_round, grpo.ref_refresh_rounds
+    return every > 0 and this > 0 and this % every == 0
+
+
+def with_own_logprobs(groups: list[list[Row]], own: Reference, *, temperature: float) -> list[list[Row]]:
     """The learner's log-probs as old_logprobs; the sampler's, which the rows come with, become sampler_logprobs.
 
     `own` scores with the learner as it is before the round's first update, into the stream old_logprobs.
@@ -79,5 +118,3 @@ def with_own_logprobs(
         for row in group:
             row.streams["sampler_logprobs"] = row.streams.pop("old_logprobs")
     return own.annotate(groups, temperature=temperature)
-
-

@@ -8,6 +8,7 @@ Papers: arXiv:2402.03300 (GRPO), arXiv:2501.12948 (rule rewards), arXiv:2503.144
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -30,8 +31,9 @@ from kitae.config import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kitae.recipes._sampling import Groups, Scores
     from kitae.recipes._setup import Setup
-    from kitae.types import Rollout, Row, Score
+    from kitae.types import Problem, Rollout, Row, Score
 
 
 class GRPOSettings(Section):
@@ -48,10 +50,10 @@ class GRPOSettings(Section):
     average: Literal["token", "sequence", "constant"] = "token"
     """What a step averages over: tokens (DAPO), completions (GRPO as published), or a constant (Dr. GRPO)."""
     advantage: Literal["group", "rloo", "reinforce++"] = "group"
-    """The baseline: the group's mean, the mean of the others in the group (RLOO), or the group's mean and then normalised over
-    the round (REINFORCE++)."""
+    """The baseline: the group's mean, the mean of the others in the group (RLOO), or the group's mean, normalised over the
+    round (REINFORCE++)."""
     scale_by_std: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of the group's rewards, of the round's (batch), or not (none: Dr. GRPO)."""
+    """Divide advantages by the standard deviation of the group's rewards, of the round's (batch), or not (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """Compare policies token by token, or by the mean over a completion (GSPO; clip_low and clip_high are then tiny)."""
     objective: Literal["clip", "cispo"] = "clip"
@@ -61,8 +63,8 @@ class GRPOSettings(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of a bonus for the entropy of each token's distribution; more explores longer."""
     is_cap: float = Field(0.0, ge=0)
-    """Largest weight that corrects for a sampler computing otherwise than the learner, which then scores each round itself; 0
-    takes the sampler's log-probs as they are, 2 is usual."""
+    """Largest weight that corrects for a sampler computing otherwise than the learner, which then scores each round itself;
+    0 takes the sampler's log-probs as they are, 2 is usual."""
 
 
 class Settings(Section):
@@ -93,58 +95,67 @@ class Settings(Section):
 
 def train(cfg: Settings, setup: Setup) -> None:
     """Alternate rounds of sampling with `updates_per_round x epochs_per_round` optimizer steps on each."""
-    from kitae.algos import advantages, averaging, losses
+    from kitae.algos import averaging
+    from kitae.recipes import _variants as variants
+    from kitae.recipes._losses import chosen_loss
     from kitae.recipes._sampling import rewards_of
     from kitae.train.buffer import RolloutBuffer
 
-    n, rows_per_forward = cfg.rollout.num_generations, cfg.rollout.rows_per_forward
-    problems, held_out = setup.problems(max_prompt_length=cfg.rollout.max_prompt_length)
-    loader = setup.loader(problems, items_per_step=cfg.rollout.prompts_per_round)
-    buffer = RolloutBuffer(updates=cfg.rollout.updates_per_round, epochs=cfg.rollout.epochs_per_round)
+    grpo, rollout = cfg.grpo, cfg.rollout
+    n, rows_per_forward = rollout.num_generations, rollout.rows_per_forward
+    loss_fn = chosen_loss(cfg.loss, default=variants.loss_of(grpo), produces=variants.streams_of(grpo))
+    problems, held_out = setup.problems(max_prompt_length=rollout.max_prompt_length)
+    prompts = setup.prompts(problems, rollout=rollout)
+    buffer = RolloutBuffer(updates=rollout.updates_per_round, epochs=rollout.epochs_per_round)
     setup.run.track("buffer", buffer)
-    total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch * buffer.steps_per_round)
+    total = setup.total_steps(steps_per_epoch=prompts.rounds_per_epoch * buffer.steps_per_round)
     judge = setup.judge(cfg.reward)
-    learner = setup.learner(total_steps=total)
-    sampler = setup.sampler(learner, cfg.rollout)
-    reference = setup.reference(learner, rows_per_forward=rows_per_forward) if cfg.grpo.kl_coef else None
-    loss_fn = partial(
-        losses.clipped_policy_gradient,
-        clip_low=cfg.grpo.clip_low,
-        clip_high=cfg.grpo.clip_high,
-        kl_coef=cfg.grpo.kl_coef,
-    )
+    learner = setup.learner(total_steps=total, load=variants.loading_of(grpo))
+    sampler = setup.sampler(learner, rollout)
+    reference, own = variants.scorers_of(grpo, setup, learner, rows_per_forward=rows_per_forward)
+    keeps_dead = bool(grpo.kl_coef or grpo.entropy_coef or cfg.loss)
+
+    def attempt(problems: list[Problem], *, step: int, temperature: float) -> tuple[Groups, Scores]:
+        # 1. Sample G completions of each prompt with the current policy.
+        with setup.timer("rollout"):
+            groups = sampler.sample(problems, n=n, temperature=temperature, step=step)
+
+        # 2. Judge them. NaN marks a completion that could not be scored.
+        with setup.timer("reward"):
+            return groups, judge.score(groups)
 
     for step in setup.steps(total, evaluate=setup.accuracy_evaluator(sampler, judge, held_out)):
         metrics: dict[str, float] = {}
         if buffer.is_used_up:
-            # 1. Sample G completions of each prompt with the current policy.
-            temperature = annealed(cfg.rollout, step=step, total=total)
-            with setup.timer("rollout"):
-                groups = sampler.sample(loader.take(), n=n, temperature=temperature, step=step)
-
-            # 2. Judge them. NaN marks a completion that could not be scored.
-            with setup.timer("reward"):
-                scores = judge.score(groups)
+            temperature = annealed(rollout, step=step, total=total)
+            sampled = prompts.round(partial(attempt, step=step, temperature=temperature))
+            metrics |= setup.report_round(step, *sampled.everything) | sampled.metrics
+            metrics["rollout/temperature"] = temperature
+            groups, scores = sampled.groups, sampled.scores
             rewards_PG = rewards_of(scores, num_generations=n)
+            if rollout.overlong_buffer:
+                penalties_PG, found = variants.overlong_penalties(groups, rollout, world=setup.world)
+                rewards_PG, metrics = rewards_PG + penalties_PG, metrics | found
 
             # 3. A group whose rewards are all equal has advantage 0 everywhere: it teaches nothing.
-            advantages_PG = advantages.group_relative(rewards_PG, scale_by_std=cfg.grpo.scale_by_std)
+            advantages_PG = variants.advantages_of(rewards_PG, grpo, world=setup.world)
 
             # 4. Lay prompt and completion out as rows. From here on this is ordinary training.
             rows = [
-                to_rows(group, own_scores, advantages_G=advantages_G, rollout=cfg.rollout)
+                to_rows(group, own_scores, advantages_G=advantages_G, rollout=rollout)
                 for group, own_scores, advantages_G in zip(groups, scores, advantages_PG, strict=True)
             ]
             if reference is not None:
+                if variants.is_refresh_due(grpo, step=step, steps_per_round=buffer.steps_per_round):
+                    reference.renew()
                 rows = reference.annotate(rows, temperature=temperature)
+            if own is not None:
+                rows = variants.with_own_logprobs(rows, own, temperature=temperature)
             buffer.fill(rows, temperature=temperature)
-            metrics |= setup.report_round(step, groups, scores) | {"rollout/temperature": temperature}
 
-        # 5. The denominator is fixed before dead groups leave; with a KL term they stay.
-        weighed, denominator = averaging.weigh(
-            buffer.take(), cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
-        )
-        teaching = [row for row in weighed if teaches(row, has_reference=reference is not None)]
+        # 5. The denominator is fixed before dead groups leave; with another term than the advantage's they stay.
+        weighed, denominator = averaging.weigh(buffer.take(), grpo.average, max_tokens=rollout.max_new_tokens)
+        teaching = [row for row in weighed if teaches(row, keeps_dead=keeps_dead)]
         batches = setup.collate(teaching, rows_per_forward=rows_per_forward, temperature=buffer.temperature)
 
         # 6. Gradient, then update.
@@ -192,6 +203,6 @@ def to_rows(
     return rows
 
 
-def teaches(row: Row, *, has_reference: bool) -> bool:
-    """Whether a row can have a gradient: rows without advantage only do through the KL term."""
-    return row.num_taught > 0 and (has_reference or any(row.streams["advantages"]))
+def teaches(row: Row, *, keeps_dead: bool) -> bool:
+    """Whether a row can have a gradient: rows without advantage only do through another term, such as the KL."""
+    return row.num_taught > 0 and (keeps_dead or any(row.streams["advantages"]))

@@ -117,7 +117,7 @@ def _judge(
 ) -> dict[str, Any]:
     others = {name: value for name, value in columns.items() if name not in ("prompt", "answer")}
     result = reward(completion, prompt=prompt, answer=answer, **others)
-    value, reason = result if isinstance(result, Score) else (result, "")
+    value, reason = (result.value, result.reason) if isinstance(result, Score) else (result, "")
     if value is None:
         return {"value": None, "reason": str(reason or "could not be scored")[:REASON_LENGTH]}
     try:

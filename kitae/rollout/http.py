@@ -91,6 +91,13 @@ class _GivenUp(Exception):
     """The request was left because another one had failed for good."""
 
 
+class _Here(threading.local):
+    """What ends the waiting of this thread."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+
+
 class HttpEngine:
     """A RolloutEngine over HTTP. A completion depends on the server; seed, problem and number are sent along."""
 
@@ -113,7 +120,7 @@ class HttpEngine:
         if endpoint.api_key is not None:
             self._headers["Authorization"] = f"Bearer {_usable_key(endpoint.api_key)}"
         self._jitter = random.Random()
-        self._stop = threading.Event()
+        self._here = _Here()
         self._not_before = 0.0
         """No request starts before this monotonic time: a server that asks one of us to wait means all."""
 
@@ -149,9 +156,10 @@ class HttpEngine:
         """
         source, lock = iter(items), threading.Lock()
         results: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self._stop = stop = threading.Event()
+        stop = threading.Event()
 
         def work() -> None:
+            self._here.stop = stop
             try:
                 while not stop.is_set():
                     with lock:
@@ -241,7 +249,7 @@ class HttpEngine:
         raise EndpointError(f"{self.url} failed {attempts} times for {which}: {reason}")
 
     def _sleep_until(self, when: float) -> None:
-        if self._stop.wait(max(when - time.monotonic(), 0.0)):
+        if self._here.stop.wait(max(when - time.monotonic(), 0.0)):
             raise _GivenUp
 
     def _once(self, body: bytes, *, which: str) -> Reply:

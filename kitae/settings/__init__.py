@@ -8,7 +8,7 @@ Whatever vocabulary the user brings (docs/flags.md), a recipe sees only its own 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,10 @@ from kitae.plugins import load
 from kitae.settings import checks
 from kitae.settings.reader import Reader
 
-__all__ = ["Notes", "fit_to_device", "read", "resolve", "settings_class"]
+__all__ = ["Notes", "fit_to_device", "read", "resolve", "settings_class", "without_effect"]
 
 S = TypeVar("S", bound=Section)
+PlaceOf = Callable[[str], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,16 @@ def resolve(
     *,
     file: str | Path | None = None,
     world_size: int | None = None,
+    place_of: PlaceOf = str,
 ) -> tuple[Any, Notes]:
     """The recipe's Settings (hence Any) from flags or a dict laid over a TOML file.
 
     `given` may hold one bare word ending in .toml instead of `file`. `world_size` counts ranks, by default those
-    that torchrun or kitae launch tell: other programs count batches per rank.
+    that torchrun or kitae launch tell: other programs count batches per rank. `place_of` says where a dict's name is
+    written, for messages.
     """
-    reader, alone = _gather(recipe, settings_class(recipe), given, file=file, world_size=world_size)
+    root = settings_class(recipe)
+    reader, alone = _gather(recipe, root, given, file=file, world_size=world_size, place_of=place_of)
     if alone:
         raise ConfigError(
             f"{alone[0]!r} belongs to no flag; a settings file ends in .toml, and there is one at most"
@@ -71,14 +75,27 @@ def resolve(
     return settings, _notes(reader)
 
 
+def without_effect(recipe: str, given: Mapping[str, Any], *, world_size: int = 1) -> set[str]:
+    """Those of our own settings in a dict, by dotted name, that the recipe would refuse because they change nothing."""
+    root = settings_class(recipe)
+    reader, _ = _gather(recipe, root, given, file=None, world_size=world_size)
+    settings = reader.validate()
+    return {name for name, _ in checks.without_effect(reader.draft, settings)}
+
+
 def read(
-    command: str, root: type[S], given: Sequence[str] | Mapping[str, Any], *, positional: Sequence[str] = ()
+    command: str,
+    root: type[S],
+    given: Sequence[str] | Mapping[str, Any],
+    *,
+    positional: Sequence[str] = (),
+    place_of: PlaceOf = str,
 ) -> tuple[S, Notes]:
     """Settings of a command that is no recipe; bare words fill the `positional` settings in order.
 
-    A list setting takes all words that are left.
+    A list setting takes all words that are left. `place_of` is as in `resolve`.
     """
-    reader, alone = _gather(command, root, given, file=None, world_size=1)
+    reader, alone = _gather(command, root, given, file=None, world_size=1, place_of=place_of)
     for name in positional:
         if not alone:
             break
@@ -119,6 +136,7 @@ def _gather(
     *,
     file: str | Path | None,
     world_size: int | None,
+    place_of: PlaceOf = str,
 ) -> tuple[Reader, list[str]]:
     """A reader with everything placed, and the words that belong to no flag."""
     told = os.environ.get("WORLD_SIZE", "1")
@@ -126,7 +144,7 @@ def _gather(
     reader = Reader(command, root, world_size=ranks)
     alone: list[str] = []
     if isinstance(given, Mapping):
-        items = list(reader.from_mapping(given, rank=1, place_of=str))
+        items = list(reader.from_mapping(given, rank=1, place_of=place_of))
     else:
         alone, items = reader.from_words(given)
         if alone and file is None and alone[0].endswith(".toml"):

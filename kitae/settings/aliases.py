@@ -1,8 +1,9 @@
 """The one alias table: flags of other programs, and what each means here.
 
-Four vocabularies: Hugging Face's (with TRL's), two programs of Colossal-AI for each recipe, and the consumer-GPU
-notebook's. Where two programs give one flag different meanings, the recipe or the companions of the flag decide:
-`-g` is gradient checkpointing for `sft` (lora_finetune.py) and generations for `grpo` (rl_example.py).
+Five vocabularies: Hugging Face's (with TRL's), Colossal-AI's programs for each recipe, the consumer-GPU notebook's,
+and LLaMA-Factory's for preferences. Where two programs give one flag different meanings, the recipe or the companions
+of the flag decide: `-g` is gradient checkpointing for `sft` (lora_finetune.py) and generations for `grpo`
+(rl_example.py).
 """
 
 from __future__ import annotations
@@ -18,8 +19,19 @@ Effect = Literal["maps", "together", "warns", "limited"]
 Convert = Callable[[Any], Any]
 
 HF, NOTEBOOK, KITAE = "Hugging Face", "notebook", "kitae"
+TRAIN_DPO = "train_dpo.py, train_kto.py, train_orpo.py, train_rm.py"
+LLAMA_FACTORY = "LLaMA-Factory"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
-SFT, GRPO, BOTH = ("sft",), ("grpo",), ("sft", "grpo")
+TRAIN_PPO = "train_ppo.py"
+PREFERENCE = ("dpo", "simpo", "kto", "orpo")
+REWARD_MODEL = ("reward_model",)
+SFT, GRPO, PPO, ROUNDS, BOTH = (
+    ("sft",),
+    ("grpo",),
+    ("ppo",),
+    ("grpo", "ppo"),
+    ("sft", "grpo", "ppo", "distill", *PREFERENCE, *REWARD_MODEL),
+)
 USE = ("evaluate", "generate", "chat", "sample")
 
 
@@ -112,6 +124,18 @@ def paths_of(value: Any) -> list[str]:
     return list(value) if isinstance(value, list | tuple) else [str(value)]
 
 
+def cached(value: Any) -> Any:
+    return "cache" if switch(value) else Unset()
+
+
+def sequence_level(value: Any) -> Unset:
+    if switch(value):
+        raise ValueError(
+            "to learn from a teacher's texts, run kitae sample with the teacher, then kitae train sft on the file"
+        )
+    return Unset()
+
+
 def checkpointing(value: Any) -> bool:
     return True if value == "unsloth" else switch(value)
 
@@ -137,9 +161,9 @@ LOG_LEVELS = {
 }  # fmt: skip
 METRICS = {
     "loss": "eval/loss", "eval_loss": "eval/loss", "eval_perplexity": "eval/perplexity", "perplexity": "eval/perplexity",
+    "eval_rewards/accuracies": "eval/accuracy", "eval_rewards/margins": "eval/margin",
     "eval_accuracy": "eval/accuracy", "accuracy": "eval/accuracy", "eval_reward": "eval/reward", "reward": "eval/reward",
 }  # fmt: skip
-AVERAGES = {"grpo": "sequence", "dapo": "token", "bnpo": "token", "dr_grpo": "constant"}
 REWARDS = {
     "math_competition_reward_fn": "reasoning", "gsm8k_reward_fn": "reasoning", "reasoning": "reasoning"
 }  # fmt: skip
@@ -147,14 +171,6 @@ REWARDS = {
 
 def metric(value: Any) -> str:
     return METRICS.get(str(value), str(value))
-
-
-def reward(value: Any) -> str:
-    """Colossal-AI's two reward functions are our `reasoning`; anything else is a name of ours or the user's own."""
-    given = list(value) if isinstance(value, list | tuple) else [value]
-    if len(given) != 1:
-        raise ValueError("name one reward function; add several up in one of your own (file.py:function)")
-    return REWARDS.get(str(given[0]), str(given[0]))
 
 
 # how a table is written --------------------------------------------------------------------------------------------
@@ -297,12 +313,121 @@ def _hugging_face() -> list[Alias]:
 
 
 def _hugging_face_sft() -> list[Alias]:
-    a = _Writer(HF, SFT)
+    a = _Writer(HF, (*SFT, "distill", *PREFERENCE, *REWARD_MODEL))
     return [a.maps("--max_seq_length --max_seq_len --model_max_length", "data.max_length")]
 
 
-def _hugging_face_grpo() -> list[Alias]:
-    a = _Writer(HF, GRPO)
+def _hugging_face_distill() -> list[Alias]:
+    a = _Writer(HF, ("distill",))
+    return [
+        a.maps("--teacher_model_name_or_path --teacher_model", "teacher.name_or_path"),
+        a.maps("--teacher_model_revision", "teacher.revision"),
+        a.maps("--lmbda", "distill.on_policy_share"),
+        a.together("--beta", "distill.divergence, distill.beta", "0 is forward_kl, 1 reverse_kl, between them jsd"),
+        a.maps("--temperature", "rollout.temperature", note="TRL's GKD compares distributions at temperature 1"),
+        a.maps("--max_completion_length", "rollout.max_new_tokens"),
+        a.maps("--seq_kd", "teacher.name_or_path", sequence_level, note="false only: see kitae sample", is_switch=True),
+        *a.warns("--teacher_model_init_kwargs", "settings of the teacher are teacher.*"),
+        *a.warns("--disable_dropout", "dropout is that of the model and of lora.dropout", is_switch=True),
+    ]  # fmt: skip
+
+
+def _hugging_face_preference() -> list[Alias]:
+    a = _Writer(HF, (*PREFERENCE, *REWARD_MODEL))
+    with_reference = _Writer(HF, ("dpo", "kto"))
+    return [
+        _Writer(HF, REWARD_MODEL).maps("--center_rewards_coefficient", "reward_model.center_coef", unless("none")),
+        _Writer(HF, ("dpo",)).maps("--rpo_alpha", "dpo.nll_coef"),
+        _Writer(HF, ("simpo",)).maps("--cpo_alpha", "simpo.nll_coef"),
+        _Writer(HF, ("simpo",)).maps("--simpo_gamma", "simpo.gamma"),
+        _Writer(HF, ("orpo",)).maps("--beta --lambda", "orpo.odds_coef"),
+        *(
+            _Writer(HF, (recipe,)).maps(
+                "--precompute_ref_log_probs", f"{recipe}.reference", cached, is_switch=True
+            )
+            for recipe in ("dpo", "kto")
+        ),
+        *with_reference.warns(
+            "--ref_model --ref_model_name_or_path", "the reference is the model the run starts from"
+        ),
+        *with_reference.warns(
+            "--precompute_ref_batch_size --ref_model_mixup_alpha --ref_model_sync_steps --f_divergence_type",
+            "kitae has nothing like it",
+        ),
+        *with_reference.warns(
+            "--sync_ref_model --reference_free --use_weighting --force_use_ref_model",
+            "kitae has nothing like it",
+            is_switch=True,
+        ),
+        *_Writer(HF, ("simpo", "kto", "orpo")).warns(
+            "--loss_type", "the recipe's name says which loss it is"
+        ),
+        *a.warns("--truncation_mode", "completions lose their end, and too long prompts are dropped"),
+        *a.warns("--max_completion_length", "data.max_length limits prompt and completion together"),
+        *a.warns("--disable_dropout", "dropout is that of the model and of lora.dropout", is_switch=True),
+        *a.warns("--generate_during_eval", "evaluation is on held-out pairs", is_switch=True),
+    ]  # fmt: skip
+
+
+def _llama_factory() -> list[Alias]:
+    return [
+        *(
+            _Writer(LLAMA_FACTORY, (recipe,)).maps("--pref_beta", to)
+            for recipe, to in (
+                ("dpo", "dpo.beta"), ("simpo", "simpo.beta"), ("kto", "kto.beta"), ("orpo", "orpo.odds_coef"),
+            )
+        ),
+        *(
+            _Writer(LLAMA_FACTORY, (recipe,)).maps("--pref_ftx", f"{recipe}.nll_coef")
+            for recipe in ("dpo", "simpo")
+        ),
+        _Writer(LLAMA_FACTORY, ("dpo",)).maps("--dpo_label_smoothing", "dpo.label_smoothing"),
+        _Writer(LLAMA_FACTORY, ("dpo",)).maps("--pref_loss", "dpo.loss_type"),
+        *_Writer(LLAMA_FACTORY, ("simpo", "kto", "orpo")).warns(
+            "--pref_loss", "the recipe's name says which loss it is"
+        ),
+        _Writer(LLAMA_FACTORY, ("kto",)).maps("--kto_chosen_weight", "kto.desirable_weight"),
+        _Writer(LLAMA_FACTORY, ("kto",)).maps("--kto_rejected_weight", "kto.undesirable_weight"),
+        _Writer(LLAMA_FACTORY, PREFERENCE).maps("--cutoff_len", "data.max_length"),
+    ]  # fmt: skip
+
+
+def _train_dpo() -> list[Alias]:
+    a = _Writer(TRAIN_DPO, (*PREFERENCE, *REWARD_MODEL))
+    return [
+        a.maps("--pretrain", "model.name_or_path"),
+        a.maps("--tokenizer_dir", "model.tokenizer"),
+        a.maps("--dataset", "data.train", paths_of),
+        a.maps("--eval_dataset", "data.eval", paths_of),
+        a.together("--plugin", "", PLUGIN),
+        a.maps("--save_dir", "output_dir"),
+        a.maps("--log_dir", "log.tensorboard_dir"),
+        a.maps("--max_epochs", "train.num_train_epochs"),
+        a.maps("--batch_size", "train.per_device_train_batch_size"),
+        a.maps("--accumulation_steps", "train.gradient_accumulation_steps"),
+        a.maps("--lr", "optim.learning_rate"),
+        a.maps("--grad_clip", "optim.max_grad_norm"),
+        a.maps("--save_interval", "save.steps"),
+        a.together("--use_wandb", "log.report_to", "adds wandb", is_switch=True),
+        a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
+        a.maps("--grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("--lora_train_bias", "lora.bias"),
+        _Writer(TRAIN_DPO, ("orpo",)).maps("--lam", "orpo.odds_coef"),
+        *a.warns("--use_flash_attn", "packed attention is always on", is_switch=True),
+        *a.warns("--merge_lora_weights", "adapters are saved as they are"),
+        *a.warns("--model_type", "the model's folder says what it is"),
+        *a.warns("--config_file", "the settings of a run are written to run.json in its folder"),
+        *a.warns("--checkpoint_path --lora_config", "use --resume, and --lora_rank with its companions"),
+        *a.warns("--enable_reference_model", "the recipe's name says whether there is a reference"),
+        *a.warns(
+            "--disable_reference_model", "the recipe's name says whether there is a reference", is_switch=True
+        ),
+        *_colossal_parallel(a),
+    ]
+
+
+def _hugging_face_rounds() -> list[Alias]:
+    a = _Writer(HF, ROUNDS)
     batch = "rollout.prompts_per_round, rollout.rows_per_forward"
     return [
         a.together(
@@ -311,22 +436,69 @@ def _hugging_face_grpo() -> list[Alias]:
             "rows per forward where logits_forward_batch_size is missing",
         ),
         a.together("--gradient_accumulation_steps", batch, "see per_device_train_batch_size"),
-        a.maps("--max_completion_length", "rollout.max_new_tokens"),
+        a.maps("--max_completion_length --response_length", "rollout.max_new_tokens"),
         a.maps("--temperature", "rollout.initial_temperature"),
-        a.maps("--num_iterations", "rollout.epochs_per_round"),
-        a.maps("--steps_per_generation", "rollout.updates_per_round"),
-        a.maps("--logits_forward_batch_size", "rollout.rows_per_forward"),
+        a.maps("--num_iterations --num_ppo_epochs --ppo_epochs", "rollout.epochs_per_round"),
+        a.maps("--steps_per_generation --num_mini_batches", "rollout.updates_per_round"),
+        a.maps("--logits_forward_batch_size --local_rollout_forward_batch_size", "rollout.rows_per_forward"),
         a.maps("--mask_truncated_completions", "rollout.mask_truncated", switch, is_switch=True),
+        a.together(
+            "--reward_funcs --reward_functions", "reward.function, reward.extra",
+            "the first is reward.function, others are added with their weights",
+        ),
+        a.together("--reward_weights", "reward.weight, reward.extra", "one per name in --reward_funcs; 1 where not given"),
+        a.maps("--reward_model_path", "reward.function"),
+        *a.warns("--max_seq_length", "rounds have max_prompt_length and max_completion_length"),
+    ]  # fmt: skip
+
+
+def _hugging_face_grpo() -> list[Alias]:
+    a = _Writer(HF, GRPO)
+    return [
         a.maps("--beta", "grpo.kl_coef"),
         a.together("--epsilon", "grpo.clip_low, grpo.clip_high", "both sides, unless epsilon_high is given"),
-        a.together("--epsilon_high", "grpo.clip_high", "the upper side"),
-        a.maps("--loss_type", "grpo.average", choice(AVERAGES)),
+        a.together("--epsilon_high", "grpo.clip_high", "the upper side; with cispo the largest weight, 1 + clip_high"),
+        a.together(
+            "--loss_type", "grpo.average, grpo.objective", "grpo sequence; dapo, bnpo token; dr_grpo constant; cispo token"
+        ),
         a.maps(
             "--scale_rewards", "grpo.scale_by_std",
-            choice({"true": True, "group": True, "false": False, "none": False}), is_switch=False,
+            choice({"true": "group", "group": "group", "batch": "batch", "false": "none", "none": "none"}),
         ),
-        a.maps("--reward_funcs --reward_functions", "reward.function", reward),
-        *a.warns("--max_seq_length", "GRPO has max_prompt_length and max_completion_length"),
+        a.maps("--importance_sampling_level", "grpo.ratio"),
+        a.maps("--delta", "grpo.dual_clip", lambda v: 0.0 if str(v).lower() == "none" else v),
+        a.maps("--entropy_coef", "grpo.entropy_coef"),
+        a.together(
+            "--sync_ref_model", "grpo.ref_refresh_rounds", "with ref_model_sync_steps (512), in whole rounds",
+            is_switch=True,
+        ),
+        a.together("--ref_model_sync_steps", "grpo.ref_refresh_rounds", "see sync_ref_model"),
+        *a.warns("--ref_model_mixup_alpha", "a refreshed reference is the policy, nothing is mixed"),
+        *a.warns(
+            "--vllm_importance_sampling_mode --vllm_importance_sampling_clip_max --vllm_importance_sampling_cap "
+            "--vllm_importance_sampling_clip_min --vllm_importance_sampling_correction",
+            "kitae samples itself; grpo.is_cap bounds token weights (token_truncate)",
+        ),
+        *a.warns(
+            "--top_entropy_quantile --off_policy_mask_threshold --use_bias_correction_kl --multi_objective_aggregation",
+            "kitae has nothing like it",
+        ),
+    ]  # fmt: skip
+
+
+def _hugging_face_ppo() -> list[Alias]:
+    a = _Writer(HF, PPO)
+    return [
+        a.maps("--sft_model_path", "model.name_or_path"),
+        a.maps("--init_kl_coef", "ppo.kl_coef"),
+        a.maps("--target", "ppo.target_kl"),
+        a.maps("--horizon", "ppo.kl_horizon"),
+        a.together("--cliprange", "ppo.clip_low, ppo.clip_high", "both sides"),
+        a.maps("--cliprange_value", "ppo.value_clip"),
+        a.maps("--vf_coef", "ppo.value_coef"),
+        *a.warns("--stop_token", "completions end at the end tokens of model and template"),
+        *a.warns("--kl_estimator", "the penalty in the reward is log pi - log pi_ref (k1)"),
+        *a.warns("--total_episodes", "count in optimizer steps (max_steps) or passes over the prompts (num_train_epochs)"),
     ]  # fmt: skip
 
 
@@ -357,7 +529,7 @@ def _lora_finetune() -> list[Alias]:
 
 
 def _train_grpo() -> list[Alias]:
-    a = _Writer(TRAIN_GRPO, GRPO)
+    a = _Writer(TRAIN_GRPO, ROUNDS)
     return [
         a.maps("--pretrain", "model.name_or_path"),
         a.maps("--tokenizer_dir", "model.tokenizer"),
@@ -390,10 +562,19 @@ def _train_grpo() -> list[Alias]:
         *a.warns("--disable_loss_mask", "only completions are ever in the loss", is_switch=True),
         *a.warns("--max_tokens_thinking", "max_new_tokens limits thinking and answer together"),
         *a.warns("--ptx_dataset --ptx_batch_size --ptx_coef", "there is no pretraining term"),
-        *a.warns("--rm_pretrain --rm_checkpoint_path", "rewards are rules, not models"),
+        a.maps("--rm_checkpoint_path", "reward.function"),
+        *a.warns("--rm_pretrain", "the reward model's folder says what it is made of"),
         *a.warns("--checkpoint_path --lora_config", "use --resume, and --lora_rank with its companions"),
         *_colossal_parallel(a),
     ]  # fmt: skip
+
+
+def _train_ppo() -> list[Alias]:
+    a = _Writer(TRAIN_PPO, PPO)
+    return [
+        a.maps("--critic_lr", "critic.learning_rate"),
+        *a.warns("--critic_checkpoint_path", "use --resume, or name a model with --critic.name_or_path"),
+    ]
 
 
 def _rl_example() -> list[Alias]:
@@ -419,7 +600,12 @@ def _rl_example() -> list[Alias]:
         a.maps("-s", "data.system_prompt"),
         a.maps("-mnt", "rollout.max_new_tokens"),
         a.maps("-mpt --max_prompt_tokens", "rollout.max_prompt_length"),
-        a.together("-a --algo", "grpo.*", "GRPO, or DAPO: clip 0.2/0.28, token average, truncated masked, no KL term"),
+        a.together(
+            "-a --algo", "grpo.*, rollout.*",
+            "GRPO, RLOO, REINFORCE_PPB: each completion alike, advantage group, rloo or reinforce++. DAPO: clip 0.2/0.28, "
+            "token average, dead groups refilled, truncated masked, soft overlong punishment over a quarter (at most "
+            "1,024) of the tokens, no KL term",
+        ),
         a.maps("-kl --kl_coeff", "grpo.kl_coef"),
         a.maps(
             "-rt --reward_type", "reward.form", choice({"think_answer_tags": "answer_tags", "boxed": "boxed"}),
@@ -480,7 +666,7 @@ def _notebook() -> list[Alias]:
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
-        _Writer(KITAE, ("evaluate", "generate", "compare", "sample")).maps("--json", "json_file"),
+        _Writer(KITAE, ("evaluate", "generate", "compare", "sample", "reward")).maps("--json", "json_file"),
         _Writer(HF, ("sample",)).maps("--num_generations --num_return_sequences", "n"),
         _Writer(HF, ("sample",)).maps("--output_file", "output"),
         a.maps("--model_name_or_path", "model"),
@@ -499,6 +685,9 @@ def _use() -> list[Alias]:
 
 
 TABLE: list[Alias] = [
-    *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_grpo(), *_rl_example(),
+    *_train_grpo(), *_lora_finetune(), *_hugging_face(), *_hugging_face_sft(), *_hugging_face_distill(),
+    *_hugging_face_rounds(),
+    *_hugging_face_grpo(), *_hugging_face_ppo(), *_train_ppo(), *_rl_example(),
+    *_train_dpo(), *_hugging_face_preference(), *_llama_factory(),
     *_notebook(), *_use(),
 ]  # fmt: skip

@@ -7,20 +7,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kitae.plugins import did_you_mean
+from kitae.plugins import did_you_mean, names_model
 from kitae.settings.draft import Draft
 
+_BY_SAMPLING = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/format_rate",
+    "eval/completion_length",
+    "eval/truncated",
+)
+PREFERENCE = ("dpo", "simpo", "kto", "orpo")
+"""Recipes that compare completions of one prompt by their log-probs."""
 EVALUATED = {
+    "reward_model": ("eval/loss", "eval/accuracy", "eval/margin", "eval/reward", "eval/calibration_error"),
+    **dict.fromkeys(PREFERENCE, ("eval/loss", "eval/accuracy", "eval/margin")),
     "sft": ("eval/loss", "eval/perplexity"),
-    "grpo": (
-        "eval/accuracy",
-        "eval/reward",
-        "eval/format_rate",
+    "grpo": _BY_SAMPLING,
+    "ppo": _BY_SAMPLING,
+    "distill": (
+        "eval/divergence",
+        "eval/loss",
+        "eval/perplexity",
         "eval/completion_length",
         "eval/truncated",
     ),
 }
 """What evaluation during a run reports, by recipe."""
+SAMPLING = ("grpo", "ppo")
+"""Recipes that alternate rounds of sampling with updates."""
 
 
 def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
@@ -60,10 +75,69 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
             f"data.eval_split is {cfg.data.eval_split}, but data.train is files here, which have no splits: evaluation "
             "would see the training rows; name other files with data.eval, or leave it out for a hold-out"
         )
-    if recipe == "grpo" and cfg.rollout.updates_per_round > cfg.rollout.prompts_per_round:
+    if recipe in SAMPLING and cfg.rollout.updates_per_round > cfg.rollout.prompts_per_round:
         yield (
             f"rollout.updates_per_round is {cfg.rollout.updates_per_round}, but a round has only "
             f"{cfg.rollout.prompts_per_round} prompts (rollout.prompts_per_round) to be cut into updates"
+        )
+    if recipe in SAMPLING and cfg.reward.function in cfg.reward.extra:
+        yield f"reward.extra names {cfg.reward.function}, which is reward.function; its weight is reward.weight"
+    if recipe == "ppo":
+        yield from _contradictions_in_ppo(cfg)
+    if recipe == "distill":
+        yield from _contradictions_in_distill(cfg)
+    if recipe == "grpo":
+        yield from _contradictions_in_grpo(cfg)
+    if recipe in ("dpo", "kto") and getattr(cfg, recipe).reference == "each_step":
+        if not cfg.lora.rank:
+            yield (
+                f"{recipe}.reference is each_step and lora.rank is 0: without adapters to switch off, the starting model is "
+                "gone after step 1; set it to cache"
+            )
+        elif cfg.lora.bias != "none":
+            yield (
+                f"{recipe}.reference is each_step and lora.bias is {cfg.lora.bias}: biases of the model itself train, and "
+                "cannot be switched off; set the first to cache, or lora.bias to none"
+            )
+
+
+def _contradictions_in_ppo(cfg: Any) -> Iterator[str]:
+    if cfg.ppo.target_kl and not cfg.ppo.kl_coef:
+        yield (
+            f"ppo.target_kl is {cfg.ppo.target_kl} and ppo.kl_coef 0: the steered weight starts at ppo.kl_coef and grows "
+            "by a factor, so it would stay 0; set ppo.kl_coef, such as 0.05"
+        )
+
+
+def _contradictions_in_grpo(cfg: Any) -> Iterator[str]:
+    grpo, rollout = cfg.grpo, cfg.rollout
+    if grpo.dual_clip and grpo.dual_clip <= 1 + grpo.clip_high:
+        yield (
+            f"grpo.dual_clip is {grpo.dual_clip:g}, which is not above 1 + grpo.clip_high = {1 + grpo.clip_high:g}; it "
+            "bounds ratios that clip_high leaves alone, 3 is usual"
+        )
+    if rollout.overlong_buffer > rollout.max_new_tokens:
+        yield (
+            f"rollout.overlong_buffer is {rollout.overlong_buffer}, more than rollout.max_new_tokens "
+            f"{rollout.max_new_tokens}; a quarter of it is usual"
+        )
+
+
+def _contradictions_in_distill(cfg: Any) -> Iterator[str]:
+    share, store = cfg.distill.on_policy_share, cfg.distill.store
+    if cfg.teacher.name_or_path is None and store is None:
+        yield "there is no teacher; name one with teacher.name_or_path, or a filled distill.store"
+    if store is not None and share > 0:
+        yield (
+            "distill.store holds what the teacher says of the data's own completions, and distill.on_policy_share "
+            f"{share:g} samples others; set it to 0"
+        )
+    if store is not None and not cfg.distill.top_k:
+        yield "distill.store keeps the teacher's k likeliest tokens, and distill.top_k is 0; set it, such as 64"
+    if _picks_best(cfg) and share == 1 and cfg.save.metric in ("eval/loss", "eval/perplexity"):
+        yield (
+            f"save.metric is {cfg.save.metric}, which needs completions in the data, and distill.on_policy_share is 1; take "
+            "eval/divergence"
         )
 
 
@@ -126,20 +200,109 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
         "tensorboard" not in cfg.log.report_to, "log.tensorboard_dir", "log.report_to has no tensorboard"
     )
     yield from idle(not cfg.resume, "allow_inexact", "resume is off")
+    if recipe == "ppo":
+        for condition, names, reason in _idle_in_ppo(cfg):
+            yield from idle(condition, names, reason)
+    if recipe == "distill":
+        for condition, names, reason in _idle_in_distill(cfg):
+            yield from idle(condition, names, reason)
     if recipe == "grpo":
+        for condition, names, reason in _idle_in_grpo(cfg):
+            yield from idle(condition, names, reason)
+    if recipe in PREFERENCE:
+        yield from idle(True, "data.target", f"{recipe} takes completions as they are written")
+    if recipe == "dpo":
+        yield from idle(
+            cfg.dpo.loss_type == "ipo",
+            "dpo.label_smoothing",
+            "dpo.loss_type is ipo, which has no such number",
+        )
+    if recipe == "reward_model":
+        yield from idle(bool(cfg.loss), "reward_model.center_coef", "the loss is your own (loss)")
+    if recipe in SAMPLING:
         yield from idle(
             True,
             "data.max_length",
-            "lengths in grpo are rollout.max_prompt_length and rollout.max_new_tokens",
+            f"lengths in {recipe} are rollout.max_prompt_length and rollout.max_new_tokens",
         )
         yield from idle(
-            True, "eval.batch_size", "grpo evaluates by sampling, rollout.inference_batch_size at a time"
+            True, "eval.batch_size", f"{recipe} evaluates by sampling, rollout.inference_batch_size at a time"
         )
+        rewards = (cfg.reward.function, *cfg.reward.extra)
         yield from idle(
-            cfg.reward.function != "reasoning",
+            "reasoning" not in rewards,
             "reward.form reward.strict_form",
             f"reward.function is {cfg.reward.function}, and only the reasoning reward has a form",
         )
+        yield from idle(
+            all(map(names_model, rewards)), "reward.on_error", "only functions raise, and the reward is a model"
+        )
+
+
+def _idle_in_ppo(cfg: Any) -> Iterator[tuple[bool, str, str]]:
+    """Of settings only PPO has: whether they are idle, which, and why."""
+    is_shared = cfg.ppo.critic == "shared"
+    yield (
+        is_shared,
+        "critic.name_or_path critic.learning_rate critic.warmup_rounds",
+        "ppo.critic is shared, so the critic is part of the policy",
+    )
+    yield not is_shared, "ppo.value_coef", "ppo.critic is separate, and has an update of its own"
+    yield not cfg.ppo.target_kl, "ppo.kl_horizon", "ppo.target_kl is 0, so the KL weight stays ppo.kl_coef"
+    yield (
+        cfg.rollout.mask_truncated,
+        "ppo.missing_eos_penalty",
+        "rollout.mask_truncated takes the completions it is for out of the loss",
+    )
+    yield bool(cfg.loss), "ppo.clip_low ppo.clip_high", "the policy's loss is your own (loss)"
+
+
+def _idle_in_grpo(cfg: Any) -> Iterator[tuple[bool, str, str]]:
+    """Of settings only GRPO has: whether they are idle, which, and why."""
+    yield (
+        bool(cfg.loss),
+        "grpo.clip_low grpo.clip_high grpo.dual_clip grpo.ratio grpo.objective grpo.entropy_coef",
+        "the loss is your own (loss)",
+    )
+    yield (
+        cfg.grpo.objective == "cispo",
+        "grpo.clip_low grpo.dual_clip",
+        "grpo.objective is cispo, whose weights are only bounded above",
+    )
+    yield (
+        cfg.grpo.advantage != "group",
+        "grpo.scale_by_std",
+        f"grpo.advantage is {cfg.grpo.advantage}, which has a scale of its own",
+    )
+    yield not cfg.grpo.kl_coef, "grpo.ref_refresh_rounds", "grpo.kl_coef is 0, so there is no reference"
+    yield not cfg.rollout.overlong_buffer, "rollout.overlong_factor", "rollout.overlong_buffer is 0"
+
+
+def _idle_in_distill(cfg: Any) -> Iterator[tuple[bool, str, str]]:
+    """Likewise of distillation."""
+    spec = cfg.distill
+    yield (
+        spec.divergence != "jsd",
+        "distill.beta",
+        f"distill.divergence is {spec.divergence}, which mixes nothing",
+    )
+    yield (
+        spec.on_policy_share == 1,
+        "distill.ce_coef data.max_length data.target",
+        "distill.on_policy_share is 1, so the data's own completions are not used",
+    )
+    yield (
+        spec.on_policy_share == 0,
+        " ".join(f"rollout.{name}" for name in type(cfg.rollout).model_fields),
+        "distill.on_policy_share is 0, so nothing is sampled",
+    )
+    yield spec.store is None, "distill.store_dtype", "distill.store is not set"
+    yield bool(cfg.loss), "distill.ce_coef", "the loss is your own (loss)"
+    yield (
+        cfg.teacher.name_or_path is None,
+        "teacher.revision teacher.dtype teacher.quantization teacher.trust_remote_code",
+        "teacher.name_or_path is not set, so all is in distill.store",
+    )
 
 
 def _picks_best(cfg: Any) -> bool:

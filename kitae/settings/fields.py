@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from kitae.config import Section
 
-_FLAT_SECTIONS = ("data", "train", "optim", "rollout", "grpo", "model")
+_FLAT_SECTIONS = ("data", "train", "optim", "rollout", "grpo", "dpo", "simpo", "kto", "orpo", "ppo", "model")
 _NEVER_FLAT = ("name",)
 
 
@@ -118,6 +118,6 @@ def _describe(annotation: Any) -> str:
     if origin is list:
         return f"list of {_describe(args[0])}"
     if origin is dict:
-        return "table of text"
+        return f"table of {_describe(args[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true | false", type(None): "none"}
     return names.get(annotation, str(annotation))

@@ -189,12 +189,24 @@ def _shaped(setting: Setting, value: Any, origin: Origin) -> Any:
             value in getattr(t, "__args__", ()) for t in setting.alternatives
         )
         return value if is_word or isinstance(value, list) else [value]
-    if isinstance(value, list) and not setting.is_table:
+    if setting.is_table:
+        return _table(value, origin)
+    if isinstance(value, list):
         raise ConfigError(
             f"{origin.where} takes one value, and got {len(value)}: {' '.join(map(str, value))}"
         )
     takes_none = type(None) in setting.alternatives and str not in setting.alternatives
     return None if takes_none and str(value).lower() == "none" else value
+
+
+def _table(value: Any, origin: Origin) -> Any:
+    """A table as it is, or from words name=value."""
+    if isinstance(value, Mapping):
+        return value
+    pairs = [str(word).partition("=") for word in (value if isinstance(value, list) else [value])]
+    if wrong := [name for name, sign, _ in pairs if not sign]:
+        raise ConfigError(f"{origin.where} takes name=value, one or more; {wrong[0]!r} has no =")
+    return {name: own for name, _, own in pairs}
 
 
 def _refuse_beyond_one(alias: Alias, value: Any, origin: Origin) -> None:

@@ -10,21 +10,49 @@ from pathlib import Path
 from typing import Any
 
 from kitae.errors import ConfigError
-from kitae.settings.aliases import paths_of, unquoted
+from kitae.settings.aliases import REWARDS, paths_of, unquoted
 from kitae.settings.draft import Draft, Given, Origin, as_bool, as_int
 
 _RL_EXAMPLE = ("inference_microbatch_size", "train_minibatch_size", "train_microbatch_size", "algo")
+_LOSS_TYPES = {
+    "grpo": ("sequence", "clip"),
+    "dapo": ("token", "clip"),
+    "bnpo": ("token", "clip"),
+    "dr_grpo": ("constant", "clip"),
+    "cispo": ("token", "cispo"),
+}
+"""TRL's loss types: our grpo.average and grpo.objective."""
+_ALGOS: dict[str, dict[str, Any]] = {
+    "GRPO": {"grpo.average": "sequence"},
+    "RLOO": {"grpo.average": "sequence", "grpo.advantage": "rloo"},
+    "REINFORCE_PPB": {"grpo.average": "sequence", "grpo.advantage": "reinforce++"},
+    "DAPO": {
+        "grpo.average": "token",
+        "grpo.clip_high": 0.28,
+        "rollout.mask_truncated": True,
+        "rollout.refill": 3,
+    },
+}
+"""What rl_example.py's -a stands for; each gives way to a setting that is given."""
 _TRAIN_GRPO = ("num_collect_steps", "num_update_steps", "experience_batch_size")
 
 
 def apply(draft: Draft) -> None:
     """Run every rule; each does nothing where its flags are absent."""
     for rule in (
-        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation, _do_sample,
+        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation, _do_sample, _rewards,
     ):  # fmt: skip
         rule(draft)
     if draft.command == "grpo":
-        for rule in (_sampled_at_once, _epsilon, _algo, _hugging_face_batch, _colossal_batch, _ray_batch):
+        for rule in (
+            _sampled_at_once, _loss_type, _epsilon, _algo, _hugging_face_batch, _colossal_batch, _ray_batch,
+            _reference_refresh,
+        ):  # fmt: skip
+            rule(draft)
+    if draft.command == "distill":
+        _mixture(draft)
+    if draft.command == "ppo":
+        for rule in (_sampled_at_once, _cliprange, _hugging_face_batch, _colossal_batch, _ray_batch):
             rule(draft)
 
 
@@ -52,6 +80,42 @@ def _resume(draft: Draft) -> None:
         draft.put("resume", True, given.origin)
         if checkpoint.resolve() != output.resolve():
             draft.warn(f"{given.origin.where}: the newest complete checkpoint in {output} is taken")
+
+
+def _rewards(draft: Draft) -> None:
+    """Rewards by name, the first the main one, with their weights."""
+    weights = [weight for given in _taken(draft, "reward_weights") for weight in _numbers(given)]
+    for given in _taken(draft, "reward_funcs"):
+        names = [REWARDS.get(str(name), str(name)) for name in _as_list(given.value)]
+        if weights and len(weights) != len(names):
+            raise ConfigError(
+                f"{draft.together['reward_weights'].origin.where} has {len(weights)} weights and {given.origin.where} "
+                f"{len(names)} names; give one weight per reward"
+            )
+        # Names of other programs may mean the same reward here.
+        weighed = dict(zip(names, weights or [1.0] * len(names), strict=True))
+        draft.put("reward.function", names[0], given.origin)
+        if weights:
+            draft.put("reward.weight", weighed[names[0]], given.origin)
+        if others := {name: weight for name, weight in weighed.items() if name != names[0]}:
+            draft.put("reward.extra", others, given.origin)
+        return
+    if weights:
+        origin = draft.together["reward_weights"].origin
+        raise ConfigError(
+            f"{origin.where} weighs nothing: name the rewards with --reward_funcs, or set reward.weight and reward.extra"
+        )
+
+
+def _numbers(given: Given) -> list[float]:
+    try:
+        return [float(value) for value in _as_list(given.value)]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{given.origin.where} is {given.value!r}; it takes numbers") from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _data_files(draft: Draft) -> None:
@@ -206,6 +270,56 @@ def _sampled_at_once(draft: Draft) -> None:
             draft.put("rollout.inference_batch_size", given.value, given.origin)
 
 
+def _loss_type(draft: Draft) -> None:
+    for given in _taken(draft, "loss_type"):
+        word = str(given.value).lower()
+        if word not in _LOSS_TYPES:
+            raise ConfigError(
+                f"{given.origin.where} is {given.value!r}; choose one of {', '.join(_LOSS_TYPES)}, or bring your own "
+                "loss with --loss file.py:function"
+            )
+        average, objective = _LOSS_TYPES[word]
+        draft.put("grpo.average", average, given.origin)
+        if objective != "clip":
+            draft.put("grpo.objective", objective, given.origin)
+            _largest_weight(draft)
+
+
+def _largest_weight(draft: Draft) -> None:
+    """TRL's CISPO takes epsilon_high for the largest weight itself, and has no lower bound."""
+    if (lower := draft.together.pop("epsilon", None)) is not None:
+        draft.warn(f"{lower.origin.where} has no effect: cispo bounds weights above only, by --epsilon_high")
+    if (given := draft.together.pop("epsilon_high", None)) is not None:
+        try:
+            above = float(given.value) - 1
+        except ValueError as error:
+            raise ConfigError(f"{given.origin.where} is {given.value!r}, which is no number") from error
+        if above < 0:
+            raise ConfigError(
+                f"{given.origin.where} is {given.value}; with cispo it is the largest weight of a token, 1 or more"
+            )
+        draft.put("grpo.clip_high", above, given.origin)
+
+
+def _reference_refresh(draft: Draft) -> None:
+    steps = draft.number("ref_model_sync_steps", 512)
+    for given in _taken(draft, "sync_ref_model"):
+        if not as_bool(given.value, given.origin.where):
+            continue
+        per_round = 1
+        for name in ("rollout.updates_per_round", "rollout.epochs_per_round"):
+            per_round *= as_int(draft.value(name), name)
+        rounds = max(1, round(steps / per_round))
+        if rounds * per_round != steps:
+            draft.warn(
+                f"the reference is refreshed every {rounds * per_round} steps, not {steps}: in whole rounds of {per_round}"
+            )
+        draft.put("grpo.ref_refresh_rounds", rounds, _at(given, *_taken(draft, "ref_model_sync_steps")))
+    if "sync_ref_model" not in draft.together:
+        for given in _taken(draft, "ref_model_sync_steps"):
+            draft.warn(f"{given.origin.where} has no effect: --sync_ref_model is missing")
+
+
 def _epsilon(draft: Draft) -> None:
     for given in _taken(draft, "epsilon"):
         draft.put("grpo.clip_low", given.value, given.origin)
@@ -215,15 +329,34 @@ def _epsilon(draft: Draft) -> None:
         draft.put("grpo.clip_high", given.value, given.origin)
 
 
+def _cliprange(draft: Draft) -> None:
+    for given in _taken(draft, "cliprange"):
+        draft.put("ppo.clip_low", given.value, given.origin)
+        draft.put("ppo.clip_high", given.value, given.origin)
+
+
+def _mixture(draft: Draft) -> None:
+    """TRL's beta of GKD: both ends are the KL divergences, not the mixture's limits."""
+    for given in _taken(draft, "beta"):
+        try:
+            beta = float(given.value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{given.origin.where} is {given.value!r}, which is not a number") from None
+        draft.put("distill.divergence", {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd"), given.origin)
+        if beta not in (0.0, 1.0):
+            draft.put("distill.beta", beta, given.origin)
+
+
 def _algo(draft: Draft) -> None:
     for given in _taken(draft, "algo"):
+        if given.value not in _ALGOS:
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(_ALGOS)}")
+        preset = dict(_ALGOS[given.value])
         if given.value == "DAPO":
-            preset = {"grpo.clip_high": 0.28, "grpo.average": "token", "rollout.mask_truncated": True}
-            for name, value in preset.items():
-                if not draft.has(name):
-                    draft.put(name, value, given.origin)
-        elif given.value != "GRPO":
-            raise ConfigError(f"{given.origin.where} is {given.value!r}; there are GRPO and DAPO so far")
+            longest = as_int(draft.value("rollout.max_new_tokens"), "rollout.max_new_tokens")
+            preset["rollout.overlong_buffer"] = min(1024, longest // 4)
+        for name, value in preset.items():
+            _put_default(draft, name, value, given.origin)
 
 
 def _put_default(draft: Draft, name: str, value: Any, origin: Origin) -> None:

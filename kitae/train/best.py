@@ -8,7 +8,7 @@ from typing import Any
 
 from kitae.config import SaveSettings
 
-LARGER_IS_BETTER = ("accuracy", "reward", "format_rate")
+LARGER_IS_BETTER = ("accuracy", "reward", "format_rate", "margin")
 """Ends of metric names for which save.metric_mode = auto means max."""
 
 

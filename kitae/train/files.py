@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kitae.errors import RunDirError
 
 
@@ -126,6 +128,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's content, read once from end to end."""
+    hashed = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            hashed.update(part)
+    return hashed.hexdigest()
 
 
 def finite(value: Any) -> Any:

@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 
 WANDB_TIMEOUT_S = 60
 """How long Weights & Biases may take to start; without a network it never would."""
-LATEST = ("train/learning_rate", "train/epoch", "rollout/temperature")
+LATEST = (
+    "train/learning_rate",
+    "train/critic_learning_rate",
+    "train/epoch",
+    "train/kl_coef",
+    "rollout/temperature",
+)
 """Metrics of which a line shows the latest value; of all others it shows the mean since the last line."""
 
 

@@ -7,6 +7,8 @@ events.jsonl  what happened and when, resumes included            samples.jsonl 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import time
@@ -86,6 +88,19 @@ class Record:
 
     def event(self, kind: str, **fields: Any) -> None:
         self._events.append({"time": round(time.time(), 3), "event": kind, **fields})
+
+    def health_notes(self, *, since: int) -> set[tuple[str, int]]:
+        """Rule and step of the health notes that events.jsonl has of this step and later ones."""
+        with disk_errors(self.folder):
+            lines = (self.folder / "events.jsonl").read_bytes().splitlines()
+        found = set()
+        for line in lines:
+            if b'"health"' in line:
+                with contextlib.suppress(ValueError):  # a line that a broken disk spoilt: a note may be said twice
+                    event = json.loads(line)
+                    if event["event"] == "health" and event["step"] >= since:
+                        found.add((event["rule"], event["step"]))
+        return found
 
     def samples(self, records: Iterable[Mapping[str, Any]]) -> None:
         self._samples.append(*records)

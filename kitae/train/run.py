@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from kitae import errors
 from kitae.config import EvalSettings, LogSettings, SaveSettings
 from kitae.errors import CheckpointError, ConfigError, KitaeError, RunDirError, StoppedError
+from kitae.health import Watch
 from kitae.parallel.world import World
 from kitae.train import checkpoint, folder
 from kitae.train.best import Best
@@ -87,6 +88,9 @@ class Run:
         self._facts: dict[str, Any] = {}
         self._best = Best(save)
         self._window, self._current = Window(), dict[str, float]()
+        self._watch = Watch(settings=settings, recipe=recipe) if log.health and world.is_main else None
+        self._said_before: set[tuple[str, int]] = set()
+        """Health notes (rule, step) that an earlier life of this run has said behind its checkpoint."""
         self._owes_evaluation = (
             False  # a signal came when the last step's evaluation was due; resume makes up for it
         )
@@ -280,6 +284,7 @@ class Run:
             line = self._window.take()
             if self._record is not None:
                 self._record.metrics.write(step, line)
+                self._say_health(step, line)
             logger.info("step %d/%d  %s", step, self.total, summary(line), extra=FILE_ONLY)
         self._show(shown | results)
 
@@ -287,6 +292,12 @@ class Run:
             self._save_checkpoint()
         if not is_last:
             self._stop_if_asked()
+
+    def _say_health(self, step: int, line: Mapping[str, float]) -> None:
+        for note in self._watch.see(step, line) if self._watch is not None else ():
+            if (note.rule, step) not in self._said_before:
+                logger.warning("health at step %d: %s", step, note.sentence)
+                self.event("health", rule=note.rule, sentence=note.sentence, setting=note.setting)
 
     def _judge(self, results: Mapping[str, float]) -> bool:
         """Compare an evaluation with the best so far. A metric nobody reports is only an error if it is needed."""
@@ -389,6 +400,7 @@ class Run:
                 "best": self._best.state(),
                 "window": self._window.state(),
                 "owes_evaluation": self._owes_evaluation,
+                "health": self._watch.state() if self._watch is not None else None,
                 "elapsed_s": self._elapsed(),
                 "sizes": self._record.sync() if self._record is not None else {},
             },
@@ -440,6 +452,8 @@ class Run:
         self._best.load_state(counted["best"])
         self._window.load_state(counted["window"])
         self._owes_evaluation = counted["owes_evaluation"]
+        if self._watch is not None and counted["health"] is not None:
+            self._watch.load_state(counted["health"])
         self._elapsed_s = counted["elapsed_s"]
         checkpoint.restore_random_state(loaded.state["random"], device=self.world.device)
         self.step = self._first_step = self._last_checkpoint = loaded.step
@@ -447,6 +461,7 @@ class Run:
             with disk_errors(self._checkpoints):
                 checkpoint.set_aside(self._checkpoints, newer_than=loaded.step)
             self._record.cut(loaded.step, counted["sizes"])
+            self._said_before = self._record.health_notes(since=loaded.step)
         self.event("restored", checkpoint=loaded.path.name, skipped=skipped)
         logger.info("resumed at step %d of %d from %s", loaded.step, self.total, loaded.path)
         return True
@@ -460,6 +475,7 @@ class Run:
         logger.warning("nothing was saved in %s yet: starting from the beginning", self.output_dir)
         if self._record is not None:
             self._record.cut(0, {"metrics": 0, "samples": 0})
+            self._said_before = self._record.health_notes(since=0)
 
     def _load_parts(self, loaded: checkpoint.Loaded) -> None:
         saved = loaded.state["parts"]

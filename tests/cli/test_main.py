@@ -9,6 +9,7 @@ import pytest
 import kitae as package
 from kitae.cli import main as frame
 from kitae.errors import ConfigError, LockedError, NonFiniteError
+from kitae.plugins import names_in
 
 RUN = "import sys; from kitae.cli.main import main; code = main(sys.argv[1:]); "
 NO_TORCH = (
@@ -29,6 +30,7 @@ NO_TORCH = (
         ["chat", "--help"],
         ["compare", "--help"],
         ["trace", "--help"],
+        ["sample", "--help"],
         ["completion", "bash"],
         ["--version"],
     ],
@@ -70,6 +72,9 @@ def test_every_command_is_listed_with_a_line_of_its_own(kitae):
         "chat",
         "trace",
         "launch",
+        "reward",
+        "sample",
+        "pipeline",
         "completion",
         "quickstart",
     } <= set(frame.commands())
@@ -148,14 +153,18 @@ def test_bash_completion_offers_commands_recipes_and_flags():
         return done.stdout.split()
 
     assert offered("kitae", "tra") == ["trace", "train"]
-    assert offered("kitae", "train", "") == ["grpo", "sft"]
+    assert offered("kitae", "train", "") == names_in("kitae.recipes")
     assert offered("kitae", "train", "sft", "--optim.learn") == ["--optim.learning_rate"]
     assert offered("kitae", "train", "grpo", "x.toml", "--rollout.num") == ["--rollout.num_generations"]
     assert offered("kitae", "evaluate", "--num") == ["--num_samples"]
+    assert offered("kitae", "sample", "--base") == ["--base_url"]
+    assert offered("kitae", "pipeline", "--dry") == ["--dry_run"]
+    assert offered("kitae", "reward", "") == ["test"]
+    assert offered("kitae", "reward", "test", "--time") == ["--timeout_s"]
     assert offered("kitae", "launch", "--") == ["--nproc_per_node"]
     for count in (["--nproc_per_node", "2"], ["--nproc_per_node", "=", "2"], ["--nproc", "16"]):
         assert offered("kitae", "launch", *count, "tra") == ["trace", "train"]
-        assert offered("kitae", "launch", *count, "train", "") == ["grpo", "sft"]
+        assert offered("kitae", "launch", *count, "train", "") == names_in("kitae.recipes")
         assert offered("kitae", "launch", *count, "train", "sft", "--optim.learn") == [
             "--optim.learning_rate"
         ]

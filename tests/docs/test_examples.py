@@ -1,6 +1,7 @@
 """Every example file runs: on a tiny model, on a few rows, for a step or two."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from kitae.cli import quickstart
 from kitae.settings import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.toml"))
+EXAMPLES = sorted(
+    path.name for path in (ROOT / "examples").glob("*.toml") if "stage" not in tomllib.loads(path.read_text())
+)
+"""Settings files of one run; pipelines are run by tests/cli/test_pipeline.py."""
 SMALL = {"report_to": "none", "num_threads": 1, "max_steps": 2, "log.steps": 1}
 SMALL_OF = {
     "quickstart-sft.toml": {"per_device_train_batch_size": 4},
@@ -21,6 +25,10 @@ SMALL_OF = {
     "grpo-gsm8k.toml": {
         "prompts_per_round": 2, "num_generations": 2, "max_new_tokens": 6, "eval.steps": 1, "eval.max_rows": 2
     },
+    "ppo-gsm8k.toml": {
+        "prompts_per_round": 4, "max_new_tokens": 6, "max_steps": 10, "eval.steps": 5, "eval.max_rows": 2
+    },
+    "ppo-shared-lora.toml": {"prompts_per_round": 4, "max_new_tokens": 6, "eval.steps": 1, "eval.max_rows": 2},
 }  # fmt: skip
 
 
@@ -29,7 +37,8 @@ def worked_problem(i):
 
 
 def recipe_of(name):
-    return "grpo" if "rollout" in tomllib.loads((ROOT / "examples" / name).read_text()) else "sft"
+    """As in the command at the head of the file."""
+    return re.search(r"^#   kitae train (\w+) ", (ROOT / "examples" / name).read_text(), re.MULTILINE)[1]
 
 
 def test_every_example_file_is_run_by_a_test():

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kitae.cli import compare, evaluate, generate
+from kitae.cli import compare, evaluate, generate, reward, sample
+from kitae.cli._stages import read_pipeline
 from kitae.cli.chat import Settings as ChatSettings
 from kitae.cli.main import commands
 from kitae.cli.main import main as kitae_main
+from kitae.plugins import names_in
 from kitae.settings import read, resolve, settings_class
 from kitae.settings.aliases import TABLE
 from kitae.settings.fields import settings_of
@@ -24,13 +26,24 @@ PAGES = sorted(
 ABOUT_COMMANDS = [p for p in PAGES if p != "docs/benchmarks.md"]
 """Pages whose flags are kitae's; the benchmarks are scripts with flags of their own."""
 LANGUAGES = ("bash", "toml", "python")
-RECIPES = ("sft", "grpo")
+RECIPES = tuple(names_in("kitae.recipes"))
 SETTINGS = {name for recipe in RECIPES for name in settings_of(settings_class(recipe))}
 SECTIONS = {name.partition(".")[0] for name in SETTINGS if "." in name}
 COLUMN = 33
 """Where the layout of the architecture page says what its files are."""
 METRIC = r"(train|eval|rollout|perf|time)/\w+"
-OTHER_FLAGS = {"--logdir", "--help", "--version", "--debug", "--row", "--recipe", "--nproc_per_node"}
+OTHER_FLAGS = {
+    "--from",
+    "--dry_run",
+    "--json",
+    "--logdir",
+    "--help",
+    "--version",
+    "--debug",
+    "--row",
+    "--recipe",
+    "--nproc_per_node",
+}
 
 
 def read_page(page):
@@ -66,13 +79,21 @@ def parse(words):
     if command == "trace":
         assert rest[1:] == ["--row", "0"]
         return resolve("grpo", rest[:1])
+    if command == "pipeline":
+        _, stages = read_pipeline(Path(rest[0]))
+        assert rest[1:] in ([], ["--dry_run"], ["--from", stages[2].name])
+        return None, stages[0]
     if command == "compare" and "--dataset_name" in rest:
         return read("evaluate", evaluate.Settings, [*rest[:1], *rest[2:]], positional=("model",))
+    if command == "reward":
+        assert rest[0] in reward.VERBS
+        return read("reward", reward.Settings, reward.as_flags(rest[1:]))
     root, positional = {
         "evaluate": (evaluate.Settings, ("model",)),
         "generate": (generate.Settings, ("model", "prompt")),
         "chat": (ChatSettings, ("model",)),
         "compare": (compare.Settings, ("first", "second")),
+        "sample": (sample.Settings, ("model", "dataset_name")),
     }[command]
     return read(command, root, rest, positional=positional)
 
@@ -106,8 +127,12 @@ def test_the_parser_of_this_test_refuses_what_the_command_line_refuses(workspace
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_toml_blocks_hold_settings_that_exist(page):
+def test_toml_blocks_hold_settings_that_exist(page, tmp_path):
     for block in blocks(page, "toml"):
+        if "[[stage]]" in block:
+            (tmp_path / "pipeline.toml").write_text(block, encoding="utf-8")
+            read_pipeline(tmp_path / "pipeline.toml")
+            continue
         for section, values in tomllib.loads(block).items():
             names = [f"{section}.{name}" for name in values] if isinstance(values, dict) else [section]
             assert set(names) <= SETTINGS, names
@@ -192,7 +217,7 @@ def test_every_metric_a_page_names_is_on_the_metrics_page(page):
 def test_every_flag_a_page_names_exists(page):
     flags = {flag for alias in TABLE for flag in alias.flags}
     ours = SETTINGS | {name.rpartition(".")[2] for name in SETTINGS}
-    for root in (evaluate.Settings, generate.Settings, ChatSettings):
+    for root in (evaluate.Settings, generate.Settings, reward.Settings, sample.Settings, ChatSettings):
         ours |= set(root.model_fields)
     for text in in_backticks(page):
         for flag in re.findall(r"(?<!\S)--[A-Za-z][\w.\-]*", text):

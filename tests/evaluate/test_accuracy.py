@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from kitae.algos.intervals import wilson
 from kitae.config import DataSettings, ModelSettings, RewardSettings, SamplingSettings
 from kitae.errors import DataError
 from kitae.evaluate.accuracy import answer, judge, summarise
 from kitae.evaluate.compare import compare
 from kitae.evaluate.groups import Gap, by_column, gap
 from kitae.evaluate.records import read_records, write_records
-from kitae.evaluate.stats import pass_at_k, wilson
+from kitae.evaluate.stats import pass_at_k
 from kitae.rewards.pool import RewardPool
 from kitae.types import Problem, Rollout
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kitae.evaluate.stats import Z95, bootstrap_mean, exact_mcnemar, pass_at_k, wilson
+from kitae.algos.intervals import Z95, wilson
+from kitae.evaluate.stats import bootstrap_mean, exact_mcnemar, pass_at_k
 
 
 @given(st.integers(1, 2000), st.data())

@@ -35,7 +35,9 @@ def test_two_ranks_train_a_critic_as_one_process_does(two_ranks, models, name):
     for rank in (0, 1):
         theirs = json.loads((two_ranks / f"report.{rank}").read_text())[name]
         for step in range(3):
-            assert theirs[step]["loss"] == pytest.approx(metrics[step]["loss"], rel=1e-4 if is_exact else 0.02)
+            assert theirs[step]["loss"] == pytest.approx(
+                metrics[step]["loss"], rel=1e-4 if is_exact else 0.02
+            )
         tensors = load_file(two_ranks / f"{name}.{rank}")
         for key, value in expected.items():
             if rank == 0 or key in tensors:

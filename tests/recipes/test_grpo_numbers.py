@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from kitae.algos import advantages, averaging, losses
+from kitae.algos.baselines import estimate
 from kitae.config import ModelSettings, OptimSettings, RolloutSettings
 from kitae.data.collate import collate
 from kitae.models.load import load_policy
 from kitae.parallel.world import World
-from kitae.recipes.grpo import teaches, to_rows
+from kitae.recipes._variants import loss_of
+from kitae.recipes.grpo import GRPOSettings, teaches, to_rows
 from kitae.train.learner import Learner
 from kitae.types import Problem, Rollout, Row, Score
 
@@ -121,7 +123,7 @@ def test_grpo_equals_the_slow_version_for_every_cut(tiny, family, average):
         if kl_coef:
             row.streams["ref_logprobs"] = [0.0] * row.prompt_length + ref
     weighed, denominator = averaging.weigh(rows, average, max_tokens=20)
-    teaching = [row for row in weighed if teaches(row, has_reference=bool(kl_coef))]
+    teaching = [row for row in weighed if teaches(row, keeps_dead=bool(kl_coef))]
     loss_fn = partial(losses.clipped_policy_gradient, clip_low=CLIP_LOW, clip_high=CLIP_HIGH, kl_coef=kl_coef)
     learner = make_learner(folder)
     for rows_per_forward, share in [(1, False), (2, True), (5, False), (5, True), (64, True)]:
@@ -130,6 +132,83 @@ def test_grpo_equals_the_slow_version_for_every_cut(tiny, family, average):
         )
         metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
         assert metrics["loss"] == pytest.approx(slow_loss, rel=1e-5, abs=1e-6)
+        assert_same_gradients(grads_of(learner), slow_grads)
+        learner.flat.zero_grad()
+        learner._has_gradient = False
+
+
+VARIANTS = {
+    "gspo": {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.05},
+    "cispo": {"objective": "cispo", "clip_high": 0.28},
+    "dual clip, entropy bonus, truncated weights": {"dual_clip": 1.5, "entropy_coef": 0.05, "is_cap": 1.3},
+}
+
+
+def slow_variant(folder, rows, *, average, objective="clip", ratio="token", clip_low=0.2, clip_high=0.2, dual_clip=0.0,
+                 entropy_coef=0.0, is_cap=0.0):  # fmt: skip
+    """Every row by itself through the plain module."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    total, tokens = torch.zeros(()), 0
+    for row in rows:
+        logits = model(torch.tensor([row.token_ids])).logits[0].float() / TEMPERATURE
+        taught = [t for t, is_taught in enumerate(row.loss_mask) if is_taught]
+        if not taught:
+            continue
+        tokens += len(taught)
+        logp = {t: logits[t - 1].log_softmax(-1) for t in taught}
+        difference = {t: logp[t][row.token_ids[t]] - row.streams["old_logprobs"][t] for t in taught}
+        mean = sum(difference.values()) / len(taught)
+        summed = torch.zeros(())
+        for t in taught:
+            a = row.streams["advantages"][t]
+            r = (mean if ratio == "sequence" else difference[t]).exp()
+            if objective == "cispo":
+                term = r.detach().clamp(max=1 + clip_high) * a * logp[t][row.token_ids[t]]
+            else:
+                term = torch.min(r * a, r.clamp(1 - clip_low, 1 + clip_high) * a)
+                if dual_clip and a < 0:
+                    term = torch.max(term, torch.tensor(dual_clip * a))
+            if is_cap:
+                gap = row.streams["old_logprobs"][t] - row.streams["sampler_logprobs"][t]
+                term = term * min(torch.tensor(gap).exp().item(), is_cap)
+            entropy = -(logp[t].exp() * logp[t]).sum()
+            summed = summed - term - entropy_coef * entropy
+        total = total + (summed / len(taught) if average == "sequence" else summed)
+    loss = total / {"token": tokens, "sequence": len(rows)}[average]
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_equals_the_slow_version_for_every_cut(tiny, name, average):
+    folder, how = tiny("qwen3"), VARIANTS[name]
+    groups, scores = make_round(seed=4)
+    rewards = torch.tensor([[float("nan") if s.value is None else s.value for s in g] for g in scores])
+    adv = estimate(rewards, baseline="reinforce++", scale="group")
+    rollout = RolloutSettings(max_new_tokens=20)
+    rows = [
+        r
+        for g, s, a in zip(groups, scores, adv, strict=True)
+        for r in to_rows(g, s, advantages_G=a, rollout=rollout)
+    ]
+    rng = random.Random(2)
+    if how.get("is_cap"):
+        for row in rows:
+            row.streams["sampler_logprobs"] = [x + rng.gauss(0, 0.3) for x in row.streams["old_logprobs"]]
+    slow_loss, slow_grads = slow_variant(folder, rows, average=average, **how)
+    loss_fn = loss_of(GRPOSettings(**how))
+    weighed, denominator = averaging.weigh(rows, average)
+    keeps_dead = bool(how.get("entropy_coef"))
+    teaching = [row for row in weighed if teaches(row, keeps_dead=keeps_dead)]
+    learner = make_learner(folder)
+    for rows_per_forward, share in [(1, False), (2, True), (5, False), (64, True)]:
+        batches = collate(
+            teaching, rows_per_forward=rows_per_forward, share_prompts=share, temperature=TEMPERATURE
+        )
+        metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
+        assert metrics["loss"] == pytest.approx(slow_loss, rel=1e-5, abs=1e-6)
+        assert ("entropy" in metrics) == keeps_dead
         assert_same_gradients(grads_of(learner), slow_grads)
         learner.flat.zero_grad()
         learner._has_gradient = False

@@ -54,12 +54,24 @@ def settings_for(recipe, folder, model, data):
         "prompts_per_round": 3, "num_generations": 4, "max_new_tokens": 8, "updates_per_round": 2, "epochs_per_round": 2,
         "inference_batch_size": 8,
     }  # fmt: skip
+    train = {"max_steps": 9, "num_threads": 1}
+    if recipe == "grpo":
+        return {**common, "train": train, "rollout": rollout, "grpo": {"kl_coef": 0.01}}
+    reward = data.with_name("reward.py")
+    reward.write_text(  # a dead group for every other prompt
+        "def reward(completion, *, prompt, answer, **columns):\n"
+        "    return 1.0 if int(answer) % 2 else float(sum(map(ord, completion)) % 7)\n"
+    )
     return {
         **common,
-        "train": {"max_steps": 9, "num_threads": 1},
-        "rollout": rollout,
-        "grpo": {"kl_coef": 0.01},
-    }
+        "lora": {"rank": 4 if recipe == "grpo, LoRA" else 0},
+        "train": {**train, "max_steps": 10},
+        "reward": {"function": f"{reward}:reward", "num_workers": 1, "timeout_s": 20},
+        "rollout": {**rollout, "epochs_per_round": 1, "refill": 2, "curriculum": "pass_rate", "overlong_buffer": 4},
+        "grpo": {
+            "kl_coef": 0.1, "ref_refresh_rounds": 2, "is_cap": 2, "entropy_coef": 0.01, "advantage": "reinforce++",
+        },
+    }  # fmt: skip
 
 
 def live(recipe, settings, kills):
@@ -69,7 +81,7 @@ def live(recipe, settings, kills):
         "KITAE_HOME": str(Path(settings["output_dir"]).parent / "home"),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "killed_lives.py"), recipe, json.dumps(settings), json.dumps(kills)],
+        [sys.executable, str(HERE / "killed_lives.py"), recipe.partition(",")[0], json.dumps(settings), json.dumps(kills)],
         capture_output=True, text=True, env=environment, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -82,10 +94,10 @@ def outcome(folder):
         {name: value for name, value in json.loads(line).items() if not name.startswith(VOLATILE)}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    samples = folder / "samples.jsonl"
+    texts = [folder / name for name in ("samples.jsonl", "difficulty.jsonl")]
     (weights,) = folder.glob("*.safetensors")
     tensors = {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()}
-    return metrics, samples.read_text() if samples.exists() else "", tensors
+    return metrics, [path.read_text() if path.exists() else "" for path in texts], tensors
 
 
 KILLS = {
@@ -101,15 +113,28 @@ KILLS = {
         ["kitae.train.learner", "Learner", "optim_step", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 1],
     ],
+    "grpo, variants": [
+        ["kitae.recipes._prompts", "Prompts", "_replace", 2],
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.recipes._prompts", "Prompts", "_replace", 5],
+        ["kitae.models.frozen", "RenewedWeights", "renew", 1],
+        ["kitae.train.learner", "Learner", "optim_step", 2],
+    ],
+    "grpo, LoRA": [
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.models.frozen", "RenewedWeights", "renew", 1],
+        ["kitae.train.learner", "Learner", "optim_step", 2],
+    ],
 }
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", KILLS)
 def test_killed_at_a_step_in_a_window_and_in_a_round_equals_continuous(recipe, tiny, tmp_path):
     data, model = rows_for(tmp_path), tiny("qwen3")
     live(recipe, settings_for(recipe, tmp_path / "whole", model, data), [])
     expected = outcome(tmp_path / "whole")
-    assert [m["step"] for m in expected[0]] == list(range(1, 10))
+    assert [m["step"] for m in expected[0]] == list(range(1, len(expected[0]) + 1))
+    assert len(expected[0]) >= 9
     killed = live(recipe, settings_for(recipe, tmp_path / "killed", model, data), KILLS[recipe])
     assert killed == len(KILLS[recipe])
     assert outcome(tmp_path / "killed") == expected

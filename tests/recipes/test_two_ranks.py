@@ -62,16 +62,34 @@ def test_sft_on_two_ranks_equals_one_process(lora, tiny, tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(tiny, tmp_path):
+GRPO_VARIANTS = {
+    "plain": ["--grpo.kl_coef", "0.01", "--eval.steps", "2"],
+    "sequence": [
+        "--grpo.ratio", "sequence", "--grpo.average", "sequence", "--grpo.advantage", "reinforce++",
+        "--rollout.refill", "2", "--rollout.overlong_buffer", "3", "--rollout.updates_per_round", "2",
+    ],
+    "refreshed": [
+        "--grpo.kl_coef", "0.1", "--grpo.ref_refresh_rounds", "1", "--grpo.is_cap", "2", "--grpo.entropy_coef", "0.01",
+        "--grpo.scale_by_std", "batch", "--rollout.curriculum", "pass_rate", "--rollout.refill", "1",
+    ],
+    "refreshed adapter": ["--grpo.kl_coef", "0.1", "--grpo.ref_refresh_rounds", "1", "--lora.rank", "4"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", GRPO_VARIANTS)
+def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(variant, tiny, tmp_path):
     data = rows_for(tmp_path)
     common = [
         "grpo", "--model_name_or_path", str(tiny("qwen3")), "--data.train", str(data), "--max_steps", "3",
         "--rollout.prompts_per_round", "3", "--rollout.num_generations", "4", "--rollout.max_new_tokens", "6",
-        "--learning_rate", "1e-3", "--grpo.kl_coef", "0.01", "--log.report_to", "none", "--eval.steps", "2",
-        "--reward.function", f"{tmp_path / 'reward.py'}:reward",
+        "--learning_rate", "1e-3", "--optim.epsilon", "1e-4", "--log.report_to", "none", "--log.steps", "1",
+        "--model.dtype", "float32",
+        "--reward.function", f"{tmp_path / 'reward.py'}:reward", *GRPO_VARIANTS[variant],
     ]  # fmt: skip
+    # Every other prompt has a dead group.
     (tmp_path / "reward.py").write_text(
-        "def reward(completion, *, prompt, answer, **columns):\n    return float(sum(map(ord, completion)) % 7)\n"
+        "def reward(completion, *, prompt, answer, **columns):\n"
+        "    return 1.0 if int(answer) % 2 else float(sum(map(ord, completion)) % 7)\n"
     )
     for name, ranks in (("one", 1), ("two", 2)):
         train([*common, "--output_dir", str(tmp_path / name)], ranks=ranks, home=tmp_path / "home")
@@ -82,3 +100,11 @@ def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(tiny, tmp_pa
 
     assert samples("one") == samples("two")
     assert_same(tmp_path / "one", tmp_path / "two")
+    difficulties = [(tmp_path / name / "difficulty.jsonl").read_text() for name in ("one", "two")]
+    assert difficulties[0] == difficulties[1]
+    if "--rollout.refill" in common:
+        assert sum(
+            line["rollout/refilled_groups"]
+            for line in metrics_of(tmp_path / "one")
+            if "rollout/reward" in line
+        )

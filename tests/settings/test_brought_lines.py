@@ -186,8 +186,27 @@ def test_rl_examples_short_flags_count_prompts():
 def test_dapo_is_a_preset_that_gives_way_to_what_is_said():
     cfg, _ = settings("grpo", "-m M -d D -a DAPO --grpo.clip_high 0.3")
     assert chosen(cfg, "grpo.clip_high", "grpo.average", "rollout.mask_truncated") == [0.3, "token", True]
-    with pytest.raises(ConfigError, match="-a is 'RLOO'; there are GRPO and DAPO"):
-        settings("grpo", "-m M -d D -a RLOO")
+    assert chosen(cfg, "rollout.refill", "rollout.overlong_buffer", "rollout.overlong_factor") == [
+        3,
+        128,
+        1.0,
+    ]
+    cfg, _ = settings("grpo", "-m M -d D -a DAPO -mnt 8192 --rollout.refill 0")
+    assert chosen(cfg, "rollout.refill", "rollout.overlong_buffer") == [0, 1024]
+
+
+@pytest.mark.parametrize(
+    ("word", "advantage"), [("RLOO", "rloo"), ("REINFORCE_PPB", "reinforce++"), ("GRPO", "group")]
+)
+def test_the_other_algorithms_of_rl_example_choose_the_advantage(word, advantage):
+    cfg, _ = settings("grpo", f"-m M -d D -a {word} -kl 0.02")
+    assert chosen(cfg, "grpo.advantage", "grpo.average", "grpo.kl_coef") == [advantage, "sequence", 0.02]
+    assert cfg.rollout.refill == 0
+
+
+def test_an_unknown_algorithm_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="-a is 'PPO'; choose one of GRPO, RLOO, REINFORCE_PPB, DAPO"):
+        settings("grpo", "-m M -d D -a PPO")
 
 
 def test_g_is_checkpointing_for_sft_and_generations_for_grpo():
@@ -205,12 +224,52 @@ def test_trls_grpo_flags_map():
     assert chosen(cfg, "grpo.kl_coef", "grpo.clip_low", "grpo.clip_high") == [0.04, 0.1, 0.3]
     assert chosen(cfg, "grpo.average", "grpo.scale_by_std", "rollout.epochs_per_round") == [
         "constant",
-        False,
+        "none",
         2,
     ]
     assert chosen(cfg, "rollout.max_new_tokens", "rollout.initial_temperature") == [99, 0.7]
     assert cfg.rollout.mask_truncated
     assert notes.warnings == ["--use_vllm has no effect: kitae has nothing like it"]
+
+
+def test_trls_variants_map():
+    base = "--model_name_or_path m --dataset_name d "
+    cfg, notes = settings(
+        "grpo", base + "--importance_sampling_level sequence --loss_type grpo --epsilon 3e-4 --epsilon_high 4e-4 "
+        "--delta 2 --entropy_coef 0.01 --scale_rewards batch --beta 0.04 --sync_ref_model True "
+        "--ref_model_sync_steps 64 --num_iterations 2 --steps_per_generation 4",
+    )  # fmt: skip
+    assert chosen(cfg, "grpo.ratio", "grpo.average", "grpo.clip_low", "grpo.clip_high") == [
+        "sequence", "sequence", 3e-4, 4e-4,
+    ]  # fmt: skip
+    assert chosen(cfg, "grpo.dual_clip", "grpo.entropy_coef", "grpo.scale_by_std") == [2, 0.01, "batch"]
+    assert cfg.grpo.ref_refresh_rounds == 8
+    assert notes.warnings == []
+
+
+def test_trls_cispo_takes_the_largest_weight():
+    cfg, notes = settings(
+        "grpo", "--model_name_or_path m --dataset_name d --loss_type cispo --epsilon_high 5 --epsilon 0.1"
+    )
+    assert chosen(cfg, "grpo.objective", "grpo.average", "grpo.clip_high") == ["cispo", "token", 4]
+    assert notes.warnings == ["--epsilon has no effect: cispo bounds weights above only, by --epsilon_high"]
+    with pytest.raises(ConfigError, match="with cispo it is the largest weight"):
+        settings("grpo", "--model_name_or_path m --dataset_name d --loss_type cispo --epsilon_high 0.3")
+
+
+def test_a_loss_type_kitae_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"sapo.*choose one of grpo, dapo, bnpo, dr_grpo, cispo"):
+        settings("grpo", "--model_name_or_path m --dataset_name d --loss_type sapo")
+
+
+def test_a_reference_is_refreshed_in_whole_rounds():
+    base = "--model_name_or_path m --dataset_name d --beta 0.1 --num_iterations 3 "
+    cfg, notes = settings("grpo", base + "--sync_ref_model --ref_model_sync_steps 10")
+    assert cfg.grpo.ref_refresh_rounds == 3
+    assert notes.warnings == ["the reference is refreshed every 9 steps, not 10: in whole rounds of 3"]
+    cfg, notes = settings("grpo", base + "--ref_model_sync_steps 10")
+    assert cfg.grpo.ref_refresh_rounds == 0
+    assert notes.warnings == ["--ref_model_sync_steps has no effect: --sync_ref_model is missing"]
 
 
 def test_peft_flags_map_and_use_peft_brings_a_rank():

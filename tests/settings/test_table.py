@@ -5,19 +5,20 @@ from pathlib import Path
 import pytest
 
 from kitae.cli._pages import pages
-from kitae.plugins import load
+from kitae.plugins import load, names_in
 from kitae.settings import resolve, settings_class
 from kitae.settings.aliases import for_command
 from kitae.settings.fields import flat_names, settings_of
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-COMMANDS = ["sft", "grpo", "evaluate", "generate", "chat", "compare"]
+RECIPES = names_in("kitae.recipes")
+COMMANDS = [*RECIPES, "evaluate", "generate", "chat", "compare", "sample"]
 
 
 def known_to(command):
     root = (
         settings_class(command)
-        if command in ("sft", "grpo")
+        if command in RECIPES
         else load(command, package="kitae.cli", attribute="Settings")
     )
     return settings_of(root)
@@ -37,7 +38,7 @@ def test_every_alias_leads_to_a_setting_and_hides_none_of_ours(command):
         assert name not in known, f"{name} is a setting of {command} itself"
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_with_a_reason_to_warn_stop_no_run(recipe):
     given = {"model_name_or_path": "m", "dataset_name": "d"}
     warning = {name: True for name, alias in for_command(recipe).items() if alias.effect == "warns"}
@@ -47,7 +48,7 @@ def test_flags_with_a_reason_to_warn_stop_no_run(recipe):
     assert len(notes.warnings) == len(warning) > 20
 
 
-@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_flat_name_is_never_ambiguous(recipe):
     known = settings_of(settings_class(recipe))
     for flat, dotted in flat_names(known).items():

@@ -1,0 +1,38 @@
+"""Settings of GRPO's variants that contradict each other or would have no effect."""
+
+import pytest
+
+from kitae.errors import ConfigError
+from kitae.settings import resolve
+
+BASE = {"model.name_or_path": "m", "data.train": "some/hub-name"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"grpo.dual_clip": 1.1}, r"not above 1 \+ grpo.clip_high"),
+        ({"rollout.overlong_buffer": 600}, "more than rollout.max_new_tokens 512"),
+        ({"grpo.objective": "cispo", "grpo.clip_low": 0.1}, r"grpo.clip_low.*cispo"),
+        ({"grpo.objective": "cispo", "grpo.dual_clip": 3}, r"grpo.dual_clip.*cispo"),
+        ({"grpo.advantage": "rloo", "grpo.scale_by_std": "none"}, r"grpo.scale_by_std.*rloo"),
+        ({"grpo.ref_refresh_rounds": 4}, "there is no reference"),
+        ({"rollout.overlong_factor": 2}, "rollout.overlong_buffer is 0"),
+        ({"grpo.ratio": "sequence", "loss": "own.py:loss"}, "the loss is your own"),
+        ({"grpo.scale_by_std": "false"}, "grpo.scale_by_std"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(given, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve("grpo", BASE | given)
+
+
+def test_the_variants_together_are_accepted():
+    given = {
+        "grpo.objective": "cispo", "grpo.ratio": "sequence", "grpo.entropy_coef": 0.01, "grpo.is_cap": 2,
+        "grpo.advantage": "reinforce++", "grpo.kl_coef": 0.01, "grpo.ref_refresh_rounds": 2, "rollout.refill": 2,
+        "rollout.curriculum": "pass_rate", "rollout.overlong_buffer": 64, "rollout.overlong_factor": 2,
+    }  # fmt: skip
+    cfg, notes = resolve("grpo", BASE | given)
+    assert notes.warnings == []
+    assert cfg.grpo.ref_refresh_rounds == 2
