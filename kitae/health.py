@@ -319,7 +319,7 @@ def _gradient_exploding(seen: Seen) -> Finding | None:
 
 def _always_clipped(seen: Seen) -> Finding | None:
     limit, norms = seen.setting("optim.max_grad_norm"), seen.values("train/grad_norm", 50)
-    if not limit or not norms or min(norms) <= limit or fmean(norms) < 5 * limit:
+    if not limit or not norms or min(norms) <= limit or fmean(norms) < 10 * limit:
         return None
     text = f"train/grad_norm was above {limit:g} in all of the last 50 lines, {fmean(norms):.3g} on average"
     return Finding(fmean(norms), f"{text}, so the clip sets the size of every step")
@@ -466,7 +466,7 @@ RULES: tuple[Rule, ...] = (
         metrics=("train/grad_norm",),
         check=_always_clipped,
         remedies=(("raise", "optim.max_grad_norm"),),
-        meaning="Each of 50 lines had a gradient above `optim.max_grad_norm`, five times as long on average: all steps are "
+        meaning="Each of 50 lines had a gradient above `optim.max_grad_norm`, ten times as long on average: all steps are "
         "of one length, whatever the data says.",
     ),
     Rule(

@@ -39,7 +39,7 @@ def policy_gradient(
     """The surrogate that the settings describe, with GRPO's k3 penalty and an entropy bonus.
 
     All streams are [N]. With is_cap > 0, old_logprobs are the learner's own from before the round's updates and
-    sampler_logprobs the sampler's. Metrics as clipped_policy_gradient's, and is_weight, is_capped and sampler_kl.
+    sampler_logprobs the sampler's. Metrics as clipped_policy_gradient's.
     """
     log_ratio_N = (out.logprobs_N - old_logprobs).clamp(-kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO)
     ratio_N = (sequence_log_ratio(out, old_logprobs) if ratio == "sequence" else log_ratio_N).exp()
@@ -54,8 +54,7 @@ def policy_gradient(
     }
     if is_cap:
         assert sampler_logprobs is not None, "is_cap needs the sampler's log-probs"
-        loss_N, mismatch = _truncated(loss_N, weights_N, old_logprobs - sampler_logprobs, cap=is_cap)
-        metrics |= mismatch
+        loss_N = loss_N * truncated_weights(old_logprobs, sampler_logprobs, cap=is_cap)
     if ref_logprobs is not None:
         kl_N = kl.k3(out.logprobs_N, ref_logprobs)
         loss_N = loss_N + kl_coef * kl_N
@@ -104,19 +103,11 @@ def _cispo(
     return -weight_N * advantages_N * logprobs_N, weight_N < ratio_N.detach()
 
 
-def _truncated(
-    loss_N: Tensor, weights_N: Tensor, log_gap_N: Tensor, *, cap: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss times min(pi_old / pi_sampler, cap), and how far the two are apart (as sums).
+def truncated_weights(old_logprobs_N: Tensor, sampler_logprobs_N: Tensor, *, cap: float) -> Tensor:
+    """min(pi_old / pi_sampler, cap) per token, for a sampler that computes otherwise than the learner.
 
-    Truncated importance sampling for a sampler that computes otherwise than the learner (Yao et al. 2025, "Your
-    efficient RL framework secretly brings you off-policy RL training"; cap: Ionides 2008).
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"; the cap is Ionides' of 2008).
     """
-    log_gap_N = log_gap_N.clamp(-kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO)
-    weight_N = log_gap_N.exp()
-    truncated_N = weight_N.clamp(max=cap)
-    return loss_N * truncated_N, {
-        "is_weight": (truncated_N * weights_N).sum(),
-        "is_capped": ((weight_N > cap) * weights_N).sum(),
-        "sampler_kl": ((weight_N - 1 - log_gap_N) * weights_N).sum(),
-    }
+    gap_N = (old_logprobs_N - sampler_logprobs_N).clamp(-kl.MAX_LOG_RATIO, kl.MAX_LOG_RATIO)
+    return gap_N.exp().clamp(max=cap)

@@ -30,7 +30,7 @@ from kitae.types import Problem, Score
 
 COMPLETIONS = ("completion", "response", "output")
 TURNS = ("messages", "conversations", "conversation")
-OF_SAMPLES = ("step", "problem", "sample", "reward", "reason", "tokens", "finish_reason", "parts", "rewards")
+OF_SAMPLES = ("step", "problem", "sample", "reward", "reason", "tokens", "finish_reason", "rewards")
 """What a run's samples.jsonl has beside the data row's own columns."""
 MAX_LISTED = 20
 BINS = 10

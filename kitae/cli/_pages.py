@@ -66,7 +66,7 @@ changes nothing in the run. A resumed run says what an uninterrupted one would, 
 *Lines* are those of `metrics.jsonl` (one every `log.steps` steps), *rounds* the lines of steps that sampled. The numbers are
 explained in [metrics.md](metrics.md). Of several settings, the first that the recipe has is named.
 
-    health at step 20: the mean reward of 5 rounds was 7.88 at its best and is 4.53 now; lower optim.learning_rate (now 0.0006)
+    health at step 20: the mean reward of 5 rounds was 7.88 at its best and is 4.53 now; lower optim.learning_rate
 
 """
 

@@ -98,6 +98,7 @@ def read_pipeline(path: Path, *, output_dir: str | None = None) -> tuple[Path, l
             defaults=flat_defaults,
             folder=folder,
             place_of=lines.of_stage(number - 1),
+            default_place=lines.place_of,
         )
         stages.append(stage)
         taken |= used
@@ -172,6 +173,7 @@ def _stage(
     defaults: Mapping[str, Any],
     folder: Path,
     place_of: PlaceOf,
+    default_place: PlaceOf,
 ) -> tuple[Stage, set[str]]:
     """One stage, and which defaults it took."""
     name, run = table.get("name"), table.get("run")
@@ -207,9 +209,12 @@ def _stage(
     own_folder = folder / f"{number:02d}-{name}"
     given |= _outputs(run, given, own_folder)
     taken = _defaults(run, given, defaults, world_size=nproc)
+    written = {ours: default_place(f"defaults.{name}") for name, (ours, _) in taken.items()}
     given |= {setting: follow(setting, value) for setting, value in taken.values()}
     try:
-        settings, warnings = _resolved(run, given, world_size=nproc, place_of=place_of)
+        settings, warnings = _resolved(
+            run, given, world_size=nproc, place_of=lambda setting: written.get(setting) or place_of(setting)
+        )
     except ConfigError as error:
         raise ConfigError(f"stage {name!r}: {error}") from error
     stage = Stage(

@@ -76,7 +76,7 @@ class Settings(UseSettings):
     columns: dict[str, str] = Field(default_factory=dict)
     """Column mapping, ours = yours, such as prompt = "frage"; see the data page for our names."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """error lists up to 100 bad rows and stops; skip counts them and goes on."""
+    """error lists up to 100 bad rows and stops; skip counts them and goes on, also problems that the server refuses."""
     max_rows: int | None = Field(None, ge=1)
     """Use only the first rows."""
     n: int = Field(4, ge=1)
@@ -454,6 +454,7 @@ class _Remote:
                 seed=use.seed,
                 pool=pool,
                 on_answers=lambda answers: view.update(asked.append(answers)),
+                skips_refused=use.on_bad_row == "skip",
             )
         view.close()
 

@@ -202,8 +202,7 @@ class _Trace:
         with open_rewards(cfg.reward, device=cfg.model.device, dtype=cfg.model.dtype) as rewards:
             scores = Judge(rewards).score(groups)
         rewards_PG = rewards_of(scores, num_generations=n)
-        if cfg.rollout.overlong_buffer:
-            rewards_PG += variants.overlong_penalties(groups, cfg.rollout, world=learner.world)[0]
+        rewards_PG, _ = variants.shaped(rewards_PG, groups, cfg.rollout, world=learner.world)
         advantages_PG = variants.advantages_of(rewards_PG, cfg.grpo, world=learner.world)
         judged = zip(groups[0], scores[0], advantages_PG[0].tolist(), strict=True)
         lines = [
@@ -222,8 +221,8 @@ class _Trace:
             reference = Reference(scorer, collate=lay_out)
             rows = reference.annotate(rows, temperature=temperature)
         if cfg.grpo.is_cap:
-            own = Reference(learner, collate=lay_out, stream="old_logprobs")
-            rows = variants.with_own_logprobs(rows, own, temperature=temperature)
+            own = variants.OwnLogprobs(learner, collate=lay_out, cap=cfg.grpo.is_cap)
+            rows, _ = own.annotate(rows, temperature=temperature)
         weighed, denominator = averaging.weigh(
             rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
         )

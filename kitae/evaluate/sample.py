@@ -27,7 +27,7 @@ from kitae.errors import DataError, LockedError, RunDirError
 from kitae.rewards.pool import RewardPool
 from kitae.rewards.reasoning import RIGHT_ANSWER
 from kitae.rollout.generic import GenericEngine
-from kitae.rollout.http import HttpEngine
+from kitae.rollout.http import HttpEngine, RequestRefused
 from kitae.train.files import JsonLines, disk_errors
 from kitae.types import Problem, Rollout, Score
 
@@ -207,13 +207,25 @@ def ask_endpoint(
     seed: int,
     pool: RewardPool,
     on_answers: OnAnswers,
+    skips_refused: bool,
 ) -> None:
-    """Ask an endpoint for (problem, number of the answer); `on_answers` gets each as soon as it is judged."""
+    """Ask an endpoint for (problem, number of the answer); `on_answers` gets each as soon as it is judged.
+
+    `skips_refused`: a request that the server does not take counts as an empty answer that could not be scored.
+    """
     judged: deque[Answer] = deque()
 
     def ask(item: tuple[Problem, int]) -> None:
         problem, sample = item
-        rollout = engine.ask(problem, sample, sampling=sampling, seed=seed)
+        try:
+            rollout = engine.ask(problem, sample, sampling=sampling, seed=seed)
+        except RequestRefused as error:
+            if not skips_refused:
+                raise
+            nothing = Rollout(problem=problem, text="", token_ids=[], logprobs=[], finish_reason="length")
+            refused = Score(None, f"refused: {error}")
+            judged.append(answer_of(nothing, refused, sample=sample, function=pool.settings.function))
+            return
         [score] = pool.score([(rollout.text, problem)])
         judged.append(answer_of(rollout, score, sample=sample, function=pool.settings.function))
 
@@ -377,7 +389,7 @@ def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[st
 def _kind(answer: Answer) -> str:
     """A reason without the particulars of its answer: "wrong: 5, expected 6" -> "wrong"."""
     if answer["reward"] is None:
-        return f"could not be scored: {answer['reason'][:60]}"
+        return f"could not be scored: {answer['reason'].partition(':')[0][:60]}"
     named = answer["reason"].partition(":")[0].strip()
     return named[:60] or f"reward {answer['reward']:g}"
 

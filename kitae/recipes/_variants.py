@@ -5,6 +5,7 @@ The formulas are in algos/surrogates.py, algos/baselines.py and algos/overlong.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kitae.algos import baselines, losses, overlong, surrogates
+from kitae.algos import baselines, kl, losses, overlong, surrogates
 from kitae.config import GroupRolloutSettings
 from kitae.models import frozen
 from kitae.models.load import load_policy
@@ -20,7 +21,7 @@ from kitae.models.policy import Policy
 from kitae.parallel.world import World
 from kitae.recipes._sampling import Groups, Reference
 from kitae.train.learner import Learner
-from kitae.types import Row
+from kitae.types import Batch, Row
 
 if TYPE_CHECKING:
     from kitae.algos.losses import LossFn
@@ -70,18 +71,21 @@ def advantages_of(rewards_PG: Tensor, grpo: GRPOSettings, *, world: World) -> Te
     )
 
 
-def overlong_penalties(
-    groups: Groups, rollout: GroupRolloutSettings, *, world: World
+def shaped(
+    rewards_PG: Tensor, groups: Groups, rollout: GroupRolloutSettings, *, world: World
 ) -> tuple[Tensor, dict[str, float]]:
-    """What each completion loses for its length [P, G], at most 0, and the mean over all ranks' completions."""
-    lengths_PG = torch.tensor([[len(r.token_ids) for r in group] for group in groups])
-    lengths_PG = lengths_PG.view(len(groups), rollout.num_generations)
+    """Rewards less what completions lose for their length, and the mean of that over all ranks' completions."""
+    if not rollout.overlong_buffer:
+        return rewards_PG, {}
+    lengths = [len(r.token_ids) for group in groups for r in group]
     penalties_PG = rollout.overlong_factor * overlong.soft_penalty(
-        lengths_PG, longest=rollout.max_new_tokens, buffer=rollout.overlong_buffer
+        torch.tensor(lengths).view(rewards_PG.shape),
+        longest=rollout.max_new_tokens,
+        buffer=rollout.overlong_buffer,
     )
-    counts = torch.tensor([float(penalties_PG.double().sum()), penalties_PG.numel()], dtype=torch.float64)
+    counts = torch.tensor([float(penalties_PG.double().sum()), len(lengths)], dtype=torch.float64)
     total, count = world.sum(counts.to(world.device)).tolist()
-    return penalties_PG, {"rollout/overlong_penalty": total / max(count, 1)}
+    return rewards_PG + penalties_PG, {"rollout/overlong_penalty": total / max(count, 1)}
 
 
 def loading_of(grpo: GRPOSettings) -> Callable[..., Policy]:
@@ -91,7 +95,7 @@ def loading_of(grpo: GRPOSettings) -> Callable[..., Policy]:
 
 def scorers_of(
     grpo: GRPOSettings, setup: Setup, learner: Learner, *, rows_per_forward: int
-) -> tuple[Reference | None, Reference | None]:
+) -> tuple[Reference | None, OwnLogprobs | None]:
     """The reference of a KL term, and the learner itself where grpo.is_cap compares it with the sampler."""
     reference = own = None
     if grpo.kl_coef:
@@ -99,22 +103,54 @@ def scorers_of(
         reference = setup.reference(learner, rows_per_forward=rows_per_forward, is_renewed=is_renewed)
     if grpo.is_cap:
         lay_out = partial(setup.collate, rows_per_forward=rows_per_forward)
-        own = Reference(learner, collate=lay_out, stream="old_logprobs")
+        own = OwnLogprobs(learner, collate=lay_out, cap=grpo.is_cap)
     return reference, own
 
 
-def is_refresh_due(grpo: GRPOSettings, *, step: int, steps_per_round: int) -> bool:
-    """Whether the reference becomes the policy in the round that starts at this step."""
+def refresh_if_due(reference: Reference, grpo: GRPOSettings, *, step: int, steps_per_round: int) -> None:
+    """Let the reference be the policy as it is now, every grpo.ref_refresh_rounds rounds but the first."""
     this, every = (step - 1) // steps_per_round, grpo.ref_refresh_rounds
-    return every > 0 and this > 0 and this % every == 0
+    if every > 0 and this > 0 and this % every == 0:
+        reference.renew()
 
 
-def with_own_logprobs(groups: list[list[Row]], own: Reference, *, temperature: float) -> list[list[Row]]:
-    """The learner's log-probs as old_logprobs; the sampler's, which the rows come with, become sampler_logprobs.
+class OwnLogprobs:
+    """Scores a round with the learner as it is before the round's first update, for grpo.is_cap."""
 
-    `own` scores with the learner as it is before the round's first update, into the stream old_logprobs.
-    """
-    for group in groups:
-        for row in group:
-            row.streams["sampler_logprobs"] = row.streams.pop("old_logprobs")
-    return own.annotate(groups, temperature=temperature)
+    def __init__(self, learner: Learner, *, collate: Callable[..., list[Batch]], cap: float) -> None:
+        self._scorer = Reference(learner, collate=collate, stream="old_logprobs")
+        self._world, self._cap = learner.world, cap
+
+    def annotate(
+        self, groups: list[list[Row]], *, temperature: float
+    ) -> tuple[list[list[Row]], dict[str, float]]:
+        """The learner's log-probs as old_logprobs; the sampler's, which the rows come with, become sampler_logprobs.
+
+        The metrics say how far the two are apart, as means over the round's taught tokens of all ranks.
+        """
+        for group in groups:
+            for row in group:
+                row.streams["sampler_logprobs"] = row.streams.pop("old_logprobs")
+        groups = self._scorer.annotate(groups, temperature=temperature)
+        old, sampler = _taught(groups, "old_logprobs"), _taught(groups, "sampler_logprobs")
+        uncapped = surrogates.truncated_weights(old, sampler, cap=math.inf)
+        found = {
+            "rollout/is_weight": uncapped.clamp(max=self._cap),
+            "rollout/is_capped": (uncapped > self._cap).double(),
+            "rollout/sampler_kl": kl.k3(sampler, old),
+        }
+        sums = torch.tensor([*(float(x.sum()) for x in found.values()), len(old)], dtype=torch.float64)
+        *totals, count = self._world.sum(sums.to(self._world.device)).tolist()
+        return groups, {name: total / max(count, 1) for name, total in zip(found, totals, strict=True)}
+
+
+def _taught(groups: list[list[Row]], stream: str) -> Tensor:
+    """A stream's numbers of all taught tokens."""
+    numbers = [
+        number
+        for group in groups
+        for row in group
+        for number, is_taught in zip(row.streams[stream], row.loss_mask, strict=True)
+        if is_taught
+    ]
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -133,9 +133,8 @@ def train(cfg: Settings, setup: Setup) -> None:
             metrics["rollout/temperature"] = temperature
             groups, scores = sampled.groups, sampled.scores
             rewards_PG = rewards_of(scores, num_generations=n)
-            if rollout.overlong_buffer:
-                penalties_PG, found = variants.overlong_penalties(groups, rollout, world=setup.world)
-                rewards_PG, metrics = rewards_PG + penalties_PG, metrics | found
+            rewards_PG, found = variants.shaped(rewards_PG, groups, rollout, world=setup.world)
+            metrics |= found
 
             # 3. A group whose rewards are all equal has advantage 0 everywhere: it teaches nothing.
             advantages_PG = variants.advantages_of(rewards_PG, grpo, world=setup.world)
@@ -146,11 +145,11 @@ def train(cfg: Settings, setup: Setup) -> None:
                 for group, own_scores, advantages_G in zip(groups, scores, advantages_PG, strict=True)
             ]
             if reference is not None:
-                if variants.is_refresh_due(grpo, step=step, steps_per_round=buffer.steps_per_round):
-                    reference.renew()
+                variants.refresh_if_due(reference, grpo, step=step, steps_per_round=buffer.steps_per_round)
                 rows = reference.annotate(rows, temperature=temperature)
             if own is not None:
-                rows = variants.with_own_logprobs(rows, own, temperature=temperature)
+                rows, found = own.annotate(rows, temperature=temperature)
+                metrics |= found
             buffer.fill(rows, temperature=temperature)
 
         # 5. The denominator is fixed before dead groups leave; with another term than the advantage's they stay.

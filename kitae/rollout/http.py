@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Messages = list[dict[str, str]]
 
+ABOUT_THE_REQUEST = (400, 413, 422)
 NOT_RETRIED = (501, 505)
 """Server errors that will be the same next time; the others, 408 and 429 may pass."""
 LONGEST_BACKOFF_S = 60.0
@@ -77,6 +78,10 @@ class Reply(NamedTuple):
     text: str
     finish_reason: FinishReason
     num_tokens: int | None
+
+
+class RequestRefused(EndpointError):
+    """A request the server does not take, such as one that is too long for its model; others may fare better."""
 
 
 class _Passing(Exception):
@@ -286,7 +291,8 @@ class HttpEngine:
         }.get(error.code, "change the request (extra_body, sampling) or the problem")
         if 300 <= error.code < 400:
             remedy = "it leads elsewhere; give that address as base_url"
-        return EndpointError(f"{self.url} refused {which}: {self._clean(reason)}; {remedy}")
+        kind = RequestRefused if error.code in ABOUT_THE_REQUEST else EndpointError
+        return kind(f"{self.url} refused {which}: {self._clean(reason)}; {remedy}")
 
     def _clean(self, text: str) -> str:
         """One short line for a person, without the key that some servers repeat."""

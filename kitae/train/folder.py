@@ -1,8 +1,8 @@
 """The run directory as a place: may it be used, who holds it, what in it is ours.
 
 The directory is the interface to every other program (docs/architecture.md): the final model at its top, beside it
-run.json status.json exit.json train.log metrics.jsonl events.jsonl samples.jsonl difficulty.jsonl resources.jsonl tensorboard/
-checkpoints/, and `lock`, which the running process holds.
+run.json status.json exit.json train.log metrics.jsonl events.jsonl samples.jsonl difficulty.jsonl resources.jsonl
+tensorboard/ checkpoints/, and `lock`, which the running process holds.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ class Record:
         found = set()
         for line in lines:
             if b'"health"' in line:
-                with contextlib.suppress(ValueError):  # a line that a broken disk spoilt: a note may be said twice
+                # A line that a broken disk spoilt stops no resume; its note may then be said twice.
+                with contextlib.suppress(ValueError):
                     event = json.loads(line)
                     if event["event"] == "health" and event["step"] >= since:
                         found.add((event["rule"], event["step"]))

@@ -452,8 +452,9 @@ class Run:
         self._best.load_state(counted["best"])
         self._window.load_state(counted["window"])
         self._owes_evaluation = counted["owes_evaluation"]
-        if self._watch is not None and counted["health"] is not None:
-            self._watch.load_state(counted["health"])
+        notes = counted.get("health")  # None: an earlier life had log.health off
+        if self._watch is not None and notes is not None:
+            self._watch.load_state(notes)
         self._elapsed_s = counted["elapsed_s"]
         checkpoint.restore_random_state(loaded.state["random"], device=self.world.device)
         self.step = self._first_step = self._last_checkpoint = loaded.step

@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from kitae.data.collate import collate
 from kitae.data.formats import RowError, to_example
 from kitae.data.pairs import RenderedPairs, WithMismatched
 from kitae.data.preferences import to_preference
+from kitae.data.readers import strict_json
 from kitae.data.sources import open_dataset
 from kitae.errors import DataError
 from kitae.models.toy import make_tokenizer
@@ -374,6 +377,20 @@ def test_kto_needs_two_different_prompts(tmp_path, template):
     items = rendered(tmp_path, records, template, as_labels=True)
     with pytest.raises(DataError, match="all 2 training rows have the same prompt"):
         WithMismatched(items, max_length=100)
+
+
+def test_the_rows_of_the_documentation_are_what_it_says():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data-formats.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(jsonl pairs|jsonl labels|json bad pairs)\n(.*?)```", page, re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["jsonl pairs", "jsonl labels", "json bad pairs"]
+    for kind, block in blocks:
+        for line in block.splitlines():
+            for purpose in ("pairs", "labels"):
+                if kind == "json bad pairs" or (kind == "jsonl labels" and purpose == "pairs"):
+                    with pytest.raises(RowError):
+                        preference(strict_json(line), purpose=purpose)
+                else:
+                    assert preference(strict_json(line), purpose=purpose).messages
 
 
 def test_random_junk_gives_an_example_or_a_row_error():

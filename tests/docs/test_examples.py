@@ -25,6 +25,18 @@ SMALL_OF = {
     "grpo-gsm8k.toml": {
         "prompts_per_round": 2, "num_generations": 2, "max_new_tokens": 6, "eval.steps": 1, "eval.max_rows": 2
     },
+    "grpo-dapo.toml": {
+        "prompts_per_round": 4, "num_generations": 2, "max_new_tokens": 6, "overlong_buffer": 2, "eval.max_rows": 2
+    },
+    "grpo-dr-grpo.toml": {"prompts_per_round": 2, "num_generations": 2, "max_new_tokens": 6, "eval.max_rows": 2},
+    "grpo-gspo.toml": {"prompts_per_round": 4, "num_generations": 2, "max_new_tokens": 6, "eval.max_rows": 2},
+    "reward-model-full.toml": {"eval.max_rows": 4},
+    "reward-model-lora.toml": {"eval.max_rows": 4, "eval.steps": 1},
+    "distill-on-policy-lora.toml": {
+        "max_new_tokens": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval.max_rows": 2,
+        "teacher.name_or_path": "{teacher}",
+    },
+    "distill-stored-teacher.toml": {"per_device_train_batch_size": 4, "distill.top_k": 4, "teacher.name_or_path": "{teacher}"},
     "ppo-gsm8k.toml": {
         "prompts_per_round": 4, "max_new_tokens": 6, "max_steps": 10, "eval.steps": 5, "eval.max_rows": 2
     },
@@ -34,6 +46,14 @@ SMALL_OF = {
 
 def worked_problem(i):
     return {"problem": f"What is {i}+{i}?", "solution": f"Twice {i} is $\\boxed{{{2 * i}}}$."}
+
+
+def worked_pair(i):
+    return {"prompt": f"What is {i}+{i}?", "chosen": f"It is {2 * i}.", "rejected": f"{2 * i + 1}"}
+
+
+ROWS_OF = {"reward_model": worked_pair}
+"""What a recipe's data is made of, where that is not problems."""
 
 
 def recipe_of(name):
@@ -47,14 +67,15 @@ def test_every_example_file_is_run_by_a_test():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
+    row = ROWS_OF.get(recipe_of(name), worked_problem)
     given = {
         "model_name_or_path": str(tiny()),
-        "data.train": rows_file("rows.jsonl", worked_problem),
+        "data.train": rows_file("rows.jsonl", row),
         **SMALL,
     }
     example = tomllib.loads((ROOT / "examples" / name).read_text())
     if "eval_split" in example["data"]:  # files have no splits
-        given |= {"data.eval_split": None, "data.eval": rows_file("held_out.jsonl", worked_problem)}
+        given |= {"data.eval_split": None, "data.eval": rows_file("held_out.jsonl", row)}
     out = kitae.train(recipe_of(name), given | SMALL_OF[name], file=ROOT / "examples" / name)
     assert out == workspace / example["output_dir"]
     assert json.loads((out / "status.json").read_text())["state"] == "finished"

@@ -99,7 +99,7 @@ PICTURES = {
     ),
     "gradient_exploding": ("sft", lines_of(40, train_grad_norm=lambda i: 0.3 if i < 30 else 6.0),
                            "optim.learning_rate", "and was 0.3"),
-    "always_clipped": ("sft", lines_of(55, train_grad_norm=8.0), "optim.max_grad_norm", "above 1 in all"),
+    "always_clipped": ("sft", lines_of(55, train_grad_norm=12.0), "optim.max_grad_norm", "above 1 in all"),
     "useless_critic": ("ppo", lines_of(22, train_explained_variance=-0.4), "critic.learning_rate", "is -0.40"),
 }  # fmt: skip
 

@@ -298,7 +298,7 @@ def test_a_function_that_ends_the_process_while_it_is_loaded_is_reported(tmp_pat
 
 
 def test_an_unknown_name_gets_a_suggestion_among_the_built_in_rewards():
-    assert builtin_names() == ["format", "math", "reasoning"]
+    assert builtin_names() == ["format", "math", "reasoning", "repetition"]
     with pytest.raises(ConfigError, match="did you mean 'reasoning'"):
         pool_with("reasonning")
 

@@ -149,8 +149,8 @@ def test_attempts_end_and_the_error_says_what_happened_last(endpoint):
     ):
         ask(engine_of(endpoint))
     assert len(endpoint.bodies) == 3
-    with pytest.raises(EndpointError, match="failed 2 times .* cannot be reached"):
-        gone = Endpoint(base_url="http://127.0.0.1:9", model="m", max_attempts=2, retry_wait_s=0.0)
+    gone = Endpoint(base_url="http://127.0.0.1:9", model="m", max_attempts=2, retry_wait_s=0.0)
+    with pytest.raises(EndpointError, match=r"failed 2 times .* cannot be reached"):
         ask(HttpEngine(gone, messages_of=lambda p: []))
 
 
@@ -196,15 +196,15 @@ def test_after_a_failure_nothing_is_begun_and_what_is_under_way_is_given(endpoin
     engine = engine_of(endpoint, concurrency=2)
     threading.Timer(0.3, gate.set).start()
     given = []
+    found = engine.each(problems(6), lambda p: engine.ask(p, 0, sampling=SAMPLING, seed=0))
     with pytest.raises(EndpointError, match="HTTP 400"):
-        for rollout in engine.each(problems(6), lambda p: engine.ask(p, 0, sampling=SAMPLING, seed=0)):
-            given.append(rollout.problem.prompt)
+        given.extend(rollout.problem.prompt for rollout in found)
     assert given == ["0+0"] and len(endpoint.bodies) == 2
 
 
 def test_a_redirect_is_refused_and_carries_no_key_away(endpoint):
     endpoint.reply = lambda number, body: (307, {"Location": f"{endpoint.url}/elsewhere"}, b"")
-    with pytest.raises(EndpointError, match="HTTP 307 .*; it leads elsewhere"):
+    with pytest.raises(EndpointError, match=r"HTTP 307 .*; it leads elsewhere"):
         ask(engine_of(endpoint, api_key=KEY))
     assert len(endpoint.bodies) == 1
 
