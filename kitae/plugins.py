@@ -33,6 +33,22 @@ def names_model(name: str) -> bool:
     return "/" in name or any((Path(name) / file).is_file() for file in own)
 
 
+def short_names(names: Iterable[str]) -> list[str]:
+    """A name for metrics per reward: a function's own, a folder's last part; numbered where two are alike.
+
+    Example: ["math", "mine.py:short", "yours.py:short", "runs/rm"] -> ["math", "short", "short_2", "rm"].
+    """
+    found: list[str] = []
+    for name in names:
+        short = Path(name).name if names_model(name) else name.rpartition(":")[2]
+        count = 2
+        unique = short
+        while unique in found:
+            unique, count = f"{short}_{count}", count + 1
+        found.append(unique)
+    return found
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A closing clause for "unknown name" errors: the nearest known name, or all of them."""
     known = list(known)

@@ -63,7 +63,7 @@ def whiten(numbers: Tensor, totals: Tensor, *, keep_mean: bool = False, epsilon:
     """(x - mean) / sqrt(variance + epsilon) by the moments of all ranks; with keep_mean the mean is added again."""
     count, total, _ = totals.tolist()
     mean = total / max(count, 1.0)
-    white = (numbers - mean) / math.sqrt(variance(totals) + epsilon)
+    white: Tensor = (numbers - mean) / math.sqrt(variance(totals) + epsilon)
     return white + mean if keep_mean else white
 
 

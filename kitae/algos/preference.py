@@ -19,6 +19,8 @@ from kitae.algos.losses import LossOutput
 from kitae.types import TokenOutputs
 
 LN_2 = math.log(2.0)
+TIE = 1e-3
+"""Log ratios to the reference that differ by less, in nats, are equal: at step 1 they differ by rounding only."""
 LARGEST_LOGPROB = -1e-7
 """A mean log-prob nearer to 0 than this has no odds in float32."""
 
@@ -52,7 +54,7 @@ def dpo(
     mean_B = logprob_B / length_B
     if nll_coef:
         loss_P = loss_P - nll_coef * mean_B[0::2]
-    return loss_P.sum(), _pair_metrics(beta * score_B, mean_B)
+    return loss_P.sum(), _pair_metrics(beta * score_B, mean_B, tie=beta * TIE)
 
 
 def simpo(
@@ -112,7 +114,7 @@ def kto(
     with torch.no_grad():
         mean_B, good_B = logprob_B / length_B, is_good_B.float()
         metrics = {
-            "accuracy": (gain_B > 0).float().sum(),
+            "accuracy": (gain_B > TIE).float().sum(),
             "desirable": good_B.sum(),
             "chosen_reward": (beta * log_ratio_B * good_B).sum(),
             "rejected_reward": (beta * log_ratio_B * (1 - good_B)).sum(),
@@ -165,12 +167,12 @@ def _log1mexp(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _pair_metrics(reward_B: Tensor, mean_logprob_B: Tensor) -> dict[str, Tensor]:
+def _pair_metrics(reward_B: Tensor, mean_logprob_B: Tensor, *, tie: float = 0.0) -> dict[str, Tensor]:
     """Sums over pairs: what the loss compares (rewards, their margin, and who wins), and log-probs per token."""
     margin_P = reward_B[0::2] - reward_B[1::2]
     return {
         "margin": margin_P.sum(),
-        "accuracy": (margin_P > 0).float().sum(),
+        "accuracy": (margin_P > tie).float().sum(),
         "chosen_reward": reward_B[0::2].sum(),
         "rejected_reward": reward_B[1::2].sum(),
         "chosen_logprob": mean_logprob_B[0::2].sum(),

@@ -23,8 +23,7 @@ from kitae.config import DataSettings, RewardSettings
 from kitae.data.formats import RowError, to_example, turn_of, with_our_names
 from kitae.data.readers import read_records
 from kitae.errors import DataError
-from kitae.plugins import names_model
-from kitae.recipes._rewards import RewardModel, short_names
+from kitae.plugins import names_model, short_names
 from kitae.rewards.pool import RewardPool
 from kitae.types import Problem, Score
 
@@ -165,6 +164,8 @@ def measure(
 def _measure(name: str, short: str, cases: Sequence[Case], *, settings: RewardSettings, say: Say) -> Measured:
     items = [(case.completion, case.problem) for case in cases]
     if names_model(name):
+        from kitae.recipes._rewards import RewardModel
+
         model = RewardModel.load(name)
         began = time.perf_counter()
         scores = model.score(items)

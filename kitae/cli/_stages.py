@@ -104,7 +104,7 @@ def read_pipeline(path: Path, *, output_dir: str | None = None) -> tuple[Path, l
         taken |= used
     for name in flat_defaults:
         if name not in taken and not any(_canonical(name, stage.run, is_default=True) for stage in stages):
-            known = sorted({n for stage in stages for n in settings_of(_root(stage.run))})
+            known = sorted({n for stage in stages for n in settings_of(root_of(stage.run))})
             raise ConfigError(
                 f"no stage has the default {name} ({lines.place_of(f'defaults.{name}')}); {did_you_mean(name, known)}"
             )
@@ -196,7 +196,7 @@ def _stage(
             "1 or more, for recipes only"
         )
     rest = {key: value for key, value in table.items() if key not in ("name", "run", "nproc_per_node")}
-    root = _root(run)
+    root = root_of(run)
     given = dict(_flatten(rest, sections_of(root)))
     for setting in given:
         if setting in OURS:
@@ -336,13 +336,14 @@ def _defaults(
     return {name: (ours, value) for name, (ours, value) in found.items() if ours not in idle}
 
 
-def _root(run: str) -> type[Section]:
+def root_of(run: str) -> type[Section]:
+    """The settings class of what a stage runs."""
     return COMMANDS[run] if run in COMMANDS else settings_class(run)
 
 
 def _canonical(name: str, run: str, *, is_default: bool = False) -> str | None:
     """The setting of `run` that a name stands for, whatever vocabulary it is in; None if it has no such."""
-    known = settings_of(_root(run))
+    known = settings_of(root_of(run))
     if name in known:
         return name
     if is_default and run in COMMANDS:

@@ -14,9 +14,10 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from kitae.cli._stages import RESULTS, SUMMARY, Stage, read_pipeline, settings_file
+from kitae.cli._stages import RESULTS, SUMMARY, Stage, read_pipeline, root_of, settings_file
 from kitae.errors import ConfigError, KitaeError, ModelError, RunDirError, StoppedError
 from kitae.plugins import did_you_mean
+from kitae.settings.fields import settings_of
 from kitae.train.files import content_hash, disk_errors, read_json, write_atomic, write_json
 
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP)
@@ -112,7 +113,12 @@ class Pipeline:
                 f"stage {stage.name} was made from an earlier {redone[0]}, which is to be done; add --from {stage.name} to "
                 "do it anew (what it wrote is moved aside)"
             )
-        differing = differences(self._described(record), self._described(self._record(stage)))
+        then, now = self._described(record), self._described(self._record(stage))
+        differing = {
+            name: text
+            for name, text in differences(then, now).items()
+            if not is_other_version(stage, name, then, now)
+        }
         may_differ = {f"settings.{name}" for name in FILTERS} if stage.run == "sample" else set()
         if differing.keys() - may_differ:
             raise ConfigError(
@@ -351,6 +357,17 @@ def _hash(path: Path) -> str:
             return " ".join(content_hash(p) for p in files)
 
 
+def is_other_version(stage: Stage, name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a setting only differs because another version of kitae had it, or had it not."""
+    known = settings_of(root_of(stage.run))
+    setting = name.removeprefix("settings.")
+    if setting == name:
+        return False
+    if name not in now:
+        return not any(setting == own or setting.startswith(f"{own}.") for own in known)
+    return name not in then and setting in known and now[name] == known[setting].default
+
+
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs by name, such as "train.seed 1 -> 2"."""
     absent = "(absent)"
@@ -375,10 +392,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # text as it is: no markup in names and results
     Console().print(table, highlight=False)

@@ -147,7 +147,7 @@ def sample(use: Settings) -> dict[str, Any]:
     Data, settings and files are seen to before any weights are read or anything is asked.
     """
     from kitae.data.sources import open_dataset
-    from kitae.evaluate.sample import Asked, Filter, right_reward, select
+    from kitae.evaluate.sample import Asked
 
     require_sense(use)
     output = Path(use.output).expanduser()
@@ -161,27 +161,47 @@ def sample(use: Settings) -> dict[str, Any]:
     )
     teacher = _Remote(use, dataset) if use.base_url else _Local(use, dataset)
     plan = {"teacher": teacher.identity, "data": dataset.fingerprint, **_how(use)}
-    started = _begin(output, plan, overwrite=use.overwrite)
-    asked = Asked(output.with_name(f"{output.name}.asked.jsonl"))
+    _require_place(output, overwrite=use.overwrite)
+    asked = Asked(_asked(output), anew=use.overwrite)
+    try:
+        started = _begin(output, plan, overwrite=use.overwrite)
+        _ask(teacher, asked, started=started, output=output)
+        summary = {"output": str(output), "rows": len(dataset), "too_long": teacher.opened["too_long"]}
+        summary |= _keep(use, dataset, teacher, asked, output=output)
+        write_json(_description(output), {**started, "state": "complete", "summary": summary})
+    finally:
+        asked.close()
+    _show(use, summary)
+    return summary
+
+
+def _ask(teacher: _Local | _Remote, asked: Asked, *, started: dict[str, Any], output: Path) -> None:
+    """Ask what is missing; whatever ends that, the message says what is kept and how to go on."""
 
     def on_open() -> None:
         """What only the opened teacher knows; when all is answered, it need not be opened again."""
         started["opened"] = teacher.opened
         write_json(_description(output), {**started, "state": "asking"})
 
+    if started.get("opened", {}).get("answers") == len(asked.places):
+        teacher.opened = started["opened"]
+        return
     try:
-        if started.get("opened", {}).get("answers") == len(asked.places):
-            teacher.opened = started["opened"]
-        else:
-            teacher.ask(asked, on_open=on_open)
+        teacher.ask(asked, on_open=on_open)
     except StoppedError as error:
         raise StoppedError(f"{error}; {_kept(asked)}", signal_number=error.exit_code - 128) from error
     except EndpointError as error:
         raise EndpointError(f"{error}; {_kept(asked)}") from error
     except RunDirError as error:  # a full disk: there is no --resume here
         raise RunDirError(f"{str(error).replace(' with --resume', '')}; {_kept(asked)}") from error
-    finally:
-        asked.close()
+
+
+def _keep(
+    use: Settings, dataset: Dataset, teacher: _Local | _Remote, asked: Asked, *, output: Path
+) -> dict[str, Any]:
+    """Write the rows; what became of all answers."""
+    from kitae.evaluate.sample import Filter, right_reward, select
+
     by = Filter(
         min_reward=right_reward(use.reward) if use.min_reward is None else use.min_reward,
         keep=use.keep,
@@ -198,7 +218,7 @@ def sample(use: Settings) -> dict[str, Any]:
         "seed": use.seed,
         "reward_function": use.reward,
     }
-    found = select(
+    return select(
         asked.path,
         dataset,
         by=by,
@@ -206,14 +226,15 @@ def sample(use: Settings) -> dict[str, Any]:
         system_prompt=system_prompt if use.with_system_prompt else None,
         output=output,
     )
-    summary = {"output": str(output), "rows": len(dataset), "too_long": teacher.opened["too_long"], **found}
-    write_json(_description(output), {**started, "state": "complete", "summary": summary})
-    _show(use, summary)
-    return summary
 
 
 def require_sense(use: Settings) -> None:
     """Refuse settings that contradict each other or would have no effect."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    require(
+        ranks == "1",
+        f"kitae sample is one process, and was started as {ranks} (WORLD_SIZE); start it without launcher",
+    )
     require(
         use.n == 1 or use.temperature > 0,
         f"n is {use.n} and temperature 0, which gives the same answer {use.n} times; set --temperature, such as 0.7",
@@ -243,7 +264,7 @@ def _how(use: Settings) -> dict[str, Any]:
     """What the answers and their judgement depend on, besides teacher and data."""
     from kitae.train.files import content_hash
 
-    code = use.reward.rpartition(":")[0]
+    code = Path(use.reward.rpartition(":")[0]).expanduser()
     return {
         "sampling": use.sampling().model_dump(),
         "n": use.n,
@@ -253,9 +274,7 @@ def _how(use: Settings) -> dict[str, Any]:
             "form": use.form,
             "strict_form": use.strict_form,
             "timeout_s": use.reward_timeout_s,
-            "code": content_hash(Path(code).expanduser())
-            if code.endswith(".py") and Path(code).is_file()
-            else None,
+            "code": content_hash(code) if code.suffix == ".py" and code.is_file() else None,
         },
     }
 
@@ -267,31 +286,41 @@ def _description(output: Path) -> Path:
     return output.with_name(f"{output.name}.sampling.json")
 
 
-def _begin(output: Path, plan: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
-    """Make sure the files may be written and belong to this plan; returns what the description says."""
-    import kitae
-    from kitae.evaluate.sample import require_new
-    from kitae.train.files import read_json
-    from kitae.train.identity import differences
+def _asked(output: Path) -> Path:
+    return output.with_name(f"{output.name}.asked.jsonl")
 
-    description, asked = _description(output), output.with_name(f"{output.name}.asked.jsonl")
+
+def _require_place(output: Path, *, overwrite: bool) -> None:
+    """Refuse a place that cannot be written to, and files that are not ours."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirError(f"cannot make {output.parent} for the rows: {error.strerror or error}") from error
     if not os.access(output.parent, os.W_OK):
         raise RunDirError(f"{output.parent} cannot be written to; name another file with --output")
-    if overwrite:
-        for path in (
-            output,
-            asked,
-            description,
-        ):  # the description last: until then a kill leaves a resumable state
-            path.unlink(missing_ok=True)
+    if overwrite or _description(output).exists():
+        return
+    asked = _asked(output)
+    for path in (output, asked):
+        # An empty asked.jsonl is what a kill before the description leaves.
+        if path.exists() and (path == output or path.stat().st_size > 0):
+            raise RunDirError(
+                f"{path} exists and was not written by kitae sample; name another file with --output, or add --overwrite"
+            )
+
+
+def _begin(output: Path, plan: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+    """Make sure that what is there belongs to this plan; returns what the description says."""
+    import kitae
+    from kitae.train.files import read_json
+    from kitae.train.identity import differences
+
+    description = _description(output)
+    if overwrite:  # the answers have gone already: they must not be found under another plan
+        output.unlink(missing_ok=True)
+        description.unlink(missing_ok=True)
     before = read_json(description)
     if before is None:
-        require_new(output)
-        require_new(asked)
         started = {"kitae_version": kitae.__version__, "started": round(time.time(), 3), "plan": plan}
         write_json(description, {**started, "state": "asking"})
         return started
@@ -598,9 +627,10 @@ def _show(use: Settings, summary: dict[str, Any]) -> None:
     """The summary as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=f"{summary['output']}: {summary['kept']:,} rows", title_justify="left", show_header=False
+        title=Text(f"{summary['output']}: {summary['kept']:,} rows"), title_justify="left", show_header=False
     )
     table.add_column()
     table.add_column(justify="right")
@@ -616,7 +646,7 @@ def _show(use: Settings, summary: dict[str, Any]) -> None:
         ("kept", f"{summary['kept']:,} rows of {summary['problems_kept']:,} problems"),
     ]
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), value)  # a reason is a user's text, not markup
     Console().print(table)
     print(f"teach them: kitae train sft --model_name_or_path STUDENT --dataset_name {use.output}")
 

@@ -23,7 +23,7 @@ import xxhash
 
 from kitae.config import DataSettings, SamplingSettings
 from kitae.data.formats import Example, Message, RowError, to_example
-from kitae.errors import DataError, LockedError, RunDirError
+from kitae.errors import DataError, LockedError
 from kitae.rewards.pool import RewardPool
 from kitae.rewards.reasoning import RIGHT_ANSWER
 from kitae.rollout.generic import GenericEngine
@@ -59,7 +59,8 @@ class Answer(TypedDict):
 class Asked:
     """The file of all answers so far, held by one process; a torn last line is cut off when it is opened."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, anew: bool = False) -> None:
+        """`anew` forgets what is there."""
         self.path = path
         with disk_errors(path):
             self._held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -70,8 +71,14 @@ class Asked:
             raise LockedError(
                 f"{path} is being written by another process; wait for it or stop it"
             ) from error
-        self._lines = JsonLines(path)
-        self.places: set[Place] = {(a["problem"], a["sample"]) for _, a in read_asked(path)}
+        try:
+            self._lines = JsonLines(path)
+            if anew:
+                self._lines.cut(0)
+            self.places: set[Place] = {(a["problem"], a["sample"]) for _, a in read_asked(path)}
+        except BaseException:
+            os.close(self._held)
+            raise
 
     def append(self, answers: Sequence[Answer]) -> list[Answer]:
         """Write the answers that are new, and return them.
@@ -441,11 +448,3 @@ def _row_text(
         dropped[f"not teachable: {error}"[:100]] += 1
         return None
     return text
-
-
-def require_new(path: Path) -> None:
-    """Refuse to write over a file that rejection sampling has not written."""
-    if path.exists():
-        raise RunDirError(
-            f"{path} exists and was not written by kitae sample; name another file with --output, or add --overwrite"
-        )

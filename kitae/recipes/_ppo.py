@@ -65,14 +65,14 @@ def make_learners(cfg: Settings, setup: Setup, *, total: int, warmup: int) -> tu
         learner = setup.learner(total_steps=total, load=_load_with_value_head)
         setup.also_save(partial(_save_value_head, learner.policy, setup.world))
         return learner, learner
+    model = setup.on_device(_critic_model(cfg))
     learner = setup.learner(total_steps=total - warmup)
-    critic = _own_critic(cfg, setup, total=total)
+    critic = _own_critic(cfg, setup, model, total=total)
     setup.also_save(partial(_save_critic, critic, setup))
     return learner, critic
 
 
-def _own_critic(cfg: Settings, setup: Setup, *, total: int) -> Learner:
-    model = setup.on_device(_critic_model(cfg))
+def _own_critic(cfg: Settings, setup: Setup, model: ModelSettings, *, total: int) -> Learner:
     log.info("the critic starts from %s", model.name_or_path)
     critic = load_critic(model, lora=cfg.lora, optimizer=cfg.optim.name, ranks=setup.world.world_size)
     fsdp.shard(critic, setup.world)

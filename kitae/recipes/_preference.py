@@ -225,13 +225,13 @@ def held_out_evaluator(
     """
     if items is None:
         return None
-    world, rows = setup.world, list[Row]()
+    world, annotated = setup.world, list[list[Row]]()
 
     def evaluate() -> dict[str, float]:
-        if not rows:  # scored by the reference once, which does not change
+        if not annotated:  # once, on all ranks: what the reference says does not change
             mine = [row for i in range(world.rank, len(items), world.world_size) for row in items[i]]
-            rows.extend(mine if reference is None else reference.annotate(mine))
-        batches = to_batches(rows)
+            annotated.append(mine if reference is None else reference.annotate(mine))
+        batches = to_batches(annotated[0])
         sums = {"rows": 0.0}
         for batch, logprobs_N in zip(batches, learner.logprobs(batches), strict=True):
             out = TokenOutputs(logprobs_N.cpu(), row_N=batch.row_N, num_rows=batch.num_rows)

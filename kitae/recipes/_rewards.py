@@ -8,9 +8,8 @@ A reward model's folder is scored here, in batches; a function by rewards/pool.p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,7 +25,7 @@ from kitae.models.files import find_model
 from kitae.models.load import load_tokenizer
 from kitae.models.score import has_score
 from kitae.parallel.world import World
-from kitae.plugins import names_model
+from kitae.plugins import names_model, short_names
 from kitae.recipes._reward_model import with_end
 from kitae.rewards.pool import RewardPool
 from kitae.train.memory import Passes
@@ -182,22 +181,6 @@ def open_rewards(
 def of_one(settings: RewardSettings, name: str) -> RewardSettings:
     """The same settings for one function alone."""
     return settings.model_copy(update={"function": name, "weight": 1.0, "extra": {}})
-
-
-def short_names(names: Mapping[str, object] | Sequence[str]) -> list[str]:
-    """A name for metrics per reward: a function's own, a folder's last part; numbered where two are alike.
-
-    Example: ["math", "mine.py:short", "yours.py:short", "runs/rm"] -> ["math", "short", "short_2", "rm"].
-    """
-    found: list[str] = []
-    for name in names:
-        short = Path(name).name if names_model(name) else name.rpartition(":")[2]
-        count = 2
-        unique = short
-        while unique in found:
-            unique, count = f"{short}_{count}", count + 1
-        found.append(unique)
-    return found
 
 
 def part_means(scores: Sequence[Sequence[Score]], *, world: World) -> dict[str, float]:

@@ -80,7 +80,7 @@ class Setup:
         self._also_saved: list[Callable[[Path], None]] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
-        self._has_checked_adapters = False
+        self._checked: list[Policy] = []  # whose adapters were found to move
 
     def save_final(self, folder: Path) -> None:
         """Write the trained model, its tokenizer and template; every rank calls this, the first one writes."""
@@ -321,7 +321,7 @@ class Setup:
     ) -> dict[str, float]:
         """One optimizer step on `batches`; the first that moves any adapter names those it does not move."""
         metrics = learner.forward_backward(batches, loss_fn, denominator=denominator)
-        if learner.policy.peft is not None and not self._has_checked_adapters:
+        if learner.policy.peft is not None and learner.policy not in self._checked:
             self._check_adapters(learner.policy)
         try:
             return metrics | learner.optim_step()
@@ -333,8 +333,10 @@ class Setup:
         """Name the adapters that no rank has a gradient for, once some have one."""
         named = self.world.gather_json(zero_gradient_adapters(policy.causal_lm))
         still = sorted(set(named[0]).intersection(*named[1:]))
-        self._has_checked_adapters = len(still) < sum(row.adapted for row in coverage(policy.causal_lm).rows)
-        if still and self._has_checked_adapters:
+        if len(still) == sum(row.adapted for row in coverage(policy.causal_lm).rows):
+            return
+        self._checked.append(policy)
+        if still:
             log.warning(
                 "%d adapters got no gradient in the first step: %s", len(still), ", ".join(still[:20])
             )
@@ -459,6 +461,12 @@ class Setup:
                 self._difficulty.write(self.run.output_dir / "difficulty.jsonl")
         found = summarise(groups, scores, world=self.world, is_reasoning=self._is_reasoning)
         found |= part_means(scores, world=self.world)
+        if self._difficulty is not None and step == 1 and found["dead_groups"] == 1.0:
+            log.warning(
+                "nothing is learnt from the first round: in each of its groups all completions earned the same (mean %.3g); "
+                "read samples.jsonl, and take easier problems, SFT first, or a higher rollout.initial_temperature",
+                found["reward"],
+            )
         return {f"rollout/{name}": value for name, value in found.items()}
 
     @contextmanager

@@ -68,7 +68,7 @@ class GRPOSettings(Section):
 
 
 class Settings(Section):
-    """GRPO with verifiable rewards: full or LoRA."""
+    """GRPO with verifiable rewards: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/grpo"
     """The run's folder: final model at its top, checkpoints and logs beside it."""

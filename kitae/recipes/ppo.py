@@ -90,7 +90,7 @@ class CriticSettings(Section):
 
 
 class Settings(Section):
-    """PPO with a critic, for rewards from functions or reward models: full or LoRA."""
+    """PPO with a critic, for rewards from functions or reward models: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/ppo"
     """The run's folder: final model at its top, the critic in critic/, checkpoints and logs beside it."""

@@ -23,6 +23,7 @@ from kitae.config import (
     PreferenceDataSettings,
     SaveSettings,
     Section,
+    require,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ def train(cfg: Settings, setup: Setup) -> None:
     margin_column = cfg.reward_model.margin_column
     own_loss = partial(bradley_terry, center_coef=cfg.reward_model.center_coef)
     loss_fn = chosen_loss(cfg.loss, default=own_loss, produces=["margin"] if margin_column else [])
+    require(
+        not getattr(loss_fn, "needs_entropy", False),
+        f"loss {cfg.loss} asks for entropy, which a reward model has not: it gives scores, not words",
+    )
     pairs, held_out = setup.pairs(
         max_length=cfg.data.max_length,
         max_prompt_length=cfg.data.max_prompt_length,

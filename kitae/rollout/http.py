@@ -40,6 +40,7 @@ ABOUT_THE_REQUEST = (400, 413, 422)
 NOT_RETRIED = (501, 505)
 """Server errors that will be the same next time; the others, 408 and 429 may pass."""
 LONGEST_BACKOFF_S = 60.0
+SECONDS_BETWEEN_WARNINGS = 30.0
 MAX_REPLY_BYTES = 64 * 2**20
 SHOWN = 300
 """Characters of a server's own message that are shown."""
@@ -126,6 +127,7 @@ class HttpEngine:
             self._headers["Authorization"] = f"Bearer {_usable_key(endpoint.api_key)}"
         self._jitter = random.Random()
         self._here = _Here()
+        self._silent_until = 0.0
         self._not_before = 0.0
         """No request starts before this monotonic time: a server that asks one of us to wait means all."""
 
@@ -246,12 +248,20 @@ class HttpEngine:
                 raise EndpointError(f"{self.url} asks to be left alone for {asked_s:.0f} s ({reason})")
             backoff_s = min(self.endpoint.retry_wait_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S)
             wait_s = max(backoff_s * self._jitter.uniform(0.5, 1.5), asked_s or 0.0)
-            log.info("%s: %s; attempt %d of %d, next in %.1f s", which, reason, attempt, attempts, wait_s)
+            self._tell(f"{which}: {reason}; attempt {attempt} of {attempts}, the next in {wait_s:.1f} s")
             if asked_s is not None:
                 self._not_before = max(self._not_before, time.monotonic() + asked_s)
             if attempt < attempts:
                 self._sleep_until(time.monotonic() + wait_s)
         raise EndpointError(f"{self.url} failed {attempts} times for {which}: {reason}")
+
+    def _tell(self, trouble: str) -> None:
+        """Warn now and then: many requests meet the same trouble."""
+        now = time.monotonic()
+        is_due = now >= self._silent_until
+        if is_due:
+            self._silent_until = now + SECONDS_BETWEEN_WARNINGS
+        log.log(logging.WARNING if is_due else logging.DEBUG, "%s", trouble)
 
     def _sleep_until(self, when: float) -> None:
         if self._here.stop.wait(max(when - time.monotonic(), 0.0)):

@@ -62,7 +62,9 @@ class Difficulty:
             if record["reward"] is not None:
                 standing.scored += 1
                 standing.reward_sum += record["reward"]
-                standing.right += record["reward"] >= self._right_from
+                # Of several rewards the first is the main one, and it says what is right.
+                main = next(iter(record.get("rewards", {}).values()), record["reward"])
+                standing.right += main >= self._right_from
 
     def of(self, index: int) -> Standing:
         """What is known of a problem, nothing if it was never sampled."""

@@ -197,6 +197,13 @@ def test_a_damaged_line_is_named(local, files):
     asked.write_text("".join([text[0], '{"problem": 1}\n', *text[2:]]))
     code, _, err = local()
     assert code == 2 and "rows.jsonl.asked.jsonl:2 is damaged" in err and err.count("\n") == 1
+    assert local("--overwrite")[0] == 0
+    assert len(lines(asked)) == 36
+
+
+def test_a_kill_before_the_description_is_no_obstacle(local, files):
+    (files / "rows.jsonl.asked.jsonl").touch()
+    assert local()[0] == 0
 
 
 def test_an_adapter_on_a_quantised_model_is_a_teacher_too(local, kitae, files, tiny):
@@ -224,6 +231,13 @@ def test_an_adapter_on_a_quantised_model_is_a_teacher_too(local, kitae, files, t
     assert len(lines(files / "rows.jsonl.asked.jsonl")) == 16
     code, _, err = kitae("sample", tiny(), *flags, "--output", "rows.jsonl", "--quantization", "nf4")
     assert code == 2 and "teacher.fingerprint" in err
+
+
+def test_a_rewards_reasons_are_shown_as_they_are(local, files):
+    text = "from kitae.types import Score\ndef odd(completion, **columns):\n    return Score(1.0, '[/red] [bold]x')\n"
+    (files / "odd.py").write_text(text)
+    code, out, err = local(reward="odd.py:odd")
+    assert code == 0 and "judged: [/red] [bold]x" in out, err
 
 
 def test_a_line_written_twice_counts_once(files):
@@ -380,6 +394,12 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_asked(remote, endpoi
     code, _, err = remote(**flags) if isinstance(flags, dict) else remote(*flags)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not endpoint.bodies
+
+
+def test_several_ranks_are_refused(remote, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = remote()
+    assert code == 2 and "was started as 2 (WORLD_SIZE)" in err
 
 
 def test_settings_of_endpoints_and_missing_data_are_refused_before_a_model_is_loaded(kitae, files, tiny):

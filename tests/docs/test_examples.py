@@ -9,7 +9,7 @@ import pytest
 
 import kitae
 from kitae.cli import quickstart
-from kitae.settings import resolve
+from kitae.settings import checks, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(
@@ -34,12 +34,15 @@ SMALL_OF = {
     "reward-model-lora.toml": {"eval.max_rows": 4, "eval.steps": 1},
     "distill-on-policy-lora.toml": {
         "max_new_tokens": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval.max_rows": 2,
-        "teacher.name_or_path": "{teacher}",
     },
-    "distill-stored-teacher.toml": {"per_device_train_batch_size": 4, "distill.top_k": 4, "teacher.name_or_path": "{teacher}"},
+    "distill-stored-teacher.toml": {"per_device_train_batch_size": 4, "distill.top_k": 4},
     "ppo-gsm8k.toml": {
         "prompts_per_round": 4, "max_new_tokens": 6, "max_steps": 10, "eval.steps": 5, "eval.max_rows": 2
     },
+    "dpo-lora-ultrafeedback.toml": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "simpo-full.toml": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "orpo-base.toml": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "kto-qlora.toml": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "ppo-shared-lora.toml": {"prompts_per_round": 4, "max_new_tokens": 6, "eval.steps": 1, "eval.max_rows": 2},
 }  # fmt: skip
 
@@ -52,7 +55,7 @@ def worked_pair(i):
     return {"prompt": f"What is {i}+{i}?", "chosen": f"It is {2 * i}.", "rejected": f"{2 * i + 1}"}
 
 
-ROWS_OF = {"reward_model": worked_pair}
+ROWS_OF = dict.fromkeys(("reward_model", *checks.PREFERENCE), worked_pair)
 """What a recipe's data is made of, where that is not problems."""
 
 
@@ -76,6 +79,8 @@ def test_an_example_runs_on_a_tiny_model(name, tiny, workspace, rows_file):
     example = tomllib.loads((ROOT / "examples" / name).read_text())
     if "eval_split" in example["data"]:  # files have no splits
         given |= {"data.eval_split": None, "data.eval": rows_file("held_out.jsonl", row)}
+    if "teacher" in example:
+        given["teacher.name_or_path"] = str(tiny("llama"))
     out = kitae.train(recipe_of(name), given | SMALL_OF[name], file=ROOT / "examples" / name)
     assert out == workspace / example["output_dir"]
     assert json.loads((out / "status.json").read_text())["state"] == "finished"

@@ -3,6 +3,7 @@
 Run with TRL installed: pip install 'kitae[parity]'.
 """
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,9 @@ def theirs(how, made):
     args = SimpleNamespace(
         delta=how.get("delta"), use_bias_correction_kl=False, steps_per_generation=1, entropy_coef=0.0
     )
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, process_index=0, sync_gradients=True)
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, process_index=0, sync_gradients=True
+    )  # fmt: skip
     epsilon = how.get("epsilon", 0.2)
     trainer = SimpleNamespace(
         args=args, accelerator=accelerator, model=SimpleNamespace(training=True), aux_loss_enabled=False,
@@ -59,7 +62,7 @@ def theirs(how, made):
         vllm_importance_sampling_correction=False, epsilon_low=epsilon, epsilon_high=how.get("epsilon_high", epsilon),
         current_gradient_accumulation_steps=1, max_completion_length=LONGEST,
         _entropy_bonus_enabled=bool(how.get("entropy_coef")), use_adaptive_entropy=False,
-        entropy_coef=how.get("entropy_coef", 0.0), _metrics={"train": __import__("collections").defaultdict(list)},
+        entropy_coef=how.get("entropy_coef", 0.0), _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, entropy, None),
     )  # fmt: skip
     inputs = {

@@ -13,7 +13,7 @@ from kitae.data.collate import collate
 from kitae.errors import ConfigError
 from kitae.models.load import load_policy
 from kitae.parallel.world import World
-from kitae.recipes import grpo, sft
+from kitae.recipes import grpo, sft, simpo
 from kitae.recipes._losses import chosen_loss
 from kitae.recipes._run import run_recipe
 from kitae.settings import resolve
@@ -28,6 +28,7 @@ EXAMPLES = {
     "reinforce": ("grpo", {}),
     "squared_kl": ("grpo", {"kl_coef": 0.01}),
     "by_completion": ("grpo", {}),
+    "hinge": ("simpo", {}),
 }
 
 
@@ -157,22 +158,24 @@ def test_a_loss_that_asks_for_entropy_gets_it_and_its_gradient(tiny, write):
         torch.testing.assert_close(slot.grad, slow[slot.name], rtol=1e-3, atol=1e-6)
 
 
-def rows_file(tmp_path):
+def rows_file(tmp_path, recipe):
     path = tmp_path / "rows.jsonl"
     lines = [
         {"prompt": f"{i}+{i}", "completion": f"<think></think><answer>{2 * i}</answer>", "answer": str(2 * i)}
         for i in range(8)
     ]
+    if recipe == "simpo":
+        lines = [{"prompt": x["prompt"], "chosen": x["completion"], "rejected": x["prompt"]} for x in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
 
 def settings(recipe, tmp_path, model, **more):
-    module = {"sft": sft, "grpo": grpo}[recipe]
+    module = {"sft": sft, "grpo": grpo, "simpo": simpo}[recipe]
     common = {
         "output_dir": str(tmp_path / "run"),
         "model": {"name_or_path": str(model), "dtype": "float32"},
-        "data": {"train": [rows_file(tmp_path)], "system_prompt": ""},
+        "data": {"train": [rows_file(tmp_path, recipe)], "system_prompt": ""},
         "optim": {"learning_rate": 1e-3},
         "train": {"max_steps": 2, "num_threads": 1},
         "log": {"report_to": ["none"]},

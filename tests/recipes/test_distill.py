@@ -262,7 +262,6 @@ def test_killed_while_sampling_and_in_a_pass_equals_continuous(given):
         ["kitae.rollout.generic", "GenericEngine", "_step", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 3],
         ["kitae.models.divergence", "LiveTeacher", "soft_targets", 5],
-        ["kitae.data.loader", "Loader", "take", 2],
     ]
     whole, killed = given("whole", **over), given("killed", **over)
     live("distill", whole, [])

@@ -103,6 +103,16 @@ def test_overlong_rewards_are_shaped_for_training_only(run):
     assert {s["reward"] for s in samples} == {1.0}
 
 
+@pytest.mark.parametrize("reward", ["return 1.0", "return float(len(completion))"])
+def test_a_first_round_that_teaches_nothing_is_told_at_once(run, caplog, reward):
+    text = f"def reward(completion, *, prompt, answer, **columns):\n    {reward}\n"
+    run(text, train={"max_steps": 2})
+    told = [
+        r.getMessage() for r in caplog.records if "nothing is learnt from the first round" in r.getMessage()
+    ]
+    assert len(told) == (reward == "return 1.0")
+
+
 def test_in_float32_sampler_and_learner_agree_and_the_cap_changes_nothing(run):
     plain, _, _ = run(MIXED)
     capped, _, _ = run(MIXED, name="capped", grpo={"is_cap": 2})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from kitae.recipes._rewards import (
 from kitae.recipes._sampling import Judge, sample_records, summarise
 from kitae.rewards.pool import RewardPool
 from kitae.settings import resolve
+from kitae.train.difficulty import Difficulty
 from kitae.types import Problem, Rollout, Score
 
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
@@ -220,6 +223,9 @@ def test_form_and_accuracy_are_of_the_main_rewards_own_value():
     records = sample_records(groups, scores)
     assert records[0]["rewards"] == {"reasoning": 10.0, "other": 1.0} and records[0]["reward"] == 101.0
     assert "rewards" not in sample_records(groups, [[Score(1.0)] * 4])[0]
+    difficulty = Difficulty(right_from=10.0)
+    difficulty.see(1, records)
+    assert difficulty.of(0).right == 1 and difficulty.of(0).scored == 3
 
 
 def test_names_are_short_and_different():
@@ -328,3 +334,23 @@ def test_grpo_with_a_reward_model_and_a_function_logs_each_and_evaluates(reward_
     record = samples[0] if "rewards" in samples[0] else samples[0]["samples"][0]
     assert set(record["rewards"]) == {name, "repetition"}
     assert record["reward"] == pytest.approx(record["rewards"][name] + 0.5 * record["rewards"]["repetition"])
+
+
+def test_two_ranks_with_a_reward_model_each_equal_one_process(reward_model, tiny, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(8)))
+    common = [
+        "train", "grpo", "--model_name_or_path", str(tiny("llama")), "--data.train", str(data), "--dtype", "float32",
+        "--reward.function", str(reward_model()), "--reward.extra", "repetition=0.5", "--reward.num_workers", "1",
+        "--reward.timeout_s", "60", "--prompts_per_round", "3", "--num_generations", "2", "--max_new_tokens", "6",
+        "--max_steps", "2", "--report_to", "none", "--train.num_threads", "1",
+    ]  # fmt: skip
+    found = []
+    for name, launch in (("one", []), ("two", ["launch", "--nproc_per_node", "2"])):
+        program = [sys.executable, "-m", "kitae", *launch, *common, "--output_dir", str(tmp_path / name)]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        found.append([{k: v for k, v in line.items() if k.startswith("rollout/reward")} for line in lines])
+    for one, two in zip(*found, strict=True):
+        assert len(one) == 4 and two == pytest.approx(one, rel=1e-4, abs=1e-6)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods import KINDS, movement, read_method
+from methods import train as train_method
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from toy_task import make_files
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import kitae
@@ -446,6 +449,16 @@ def test_a_run_reports_everything_and_leaves_an_ordinary_model_and_its_critic(cr
         assert scored.score.weight.abs().max() > 0
 
 
+def test_a_reward_model_judges_and_starts_the_critic(files, tiny):
+    """Any classifier of one label will do; here a critic that an earlier run left."""
+    model = tiny("qwen3")
+    judge = kitae.train("ppo", given(files, model, "judge", **SEPARATE)) / "critic"
+    settings = given(files, model, critic={"name_or_path": str(judge)})
+    settings["reward"] = {"function": str(judge)}
+    first = lines_of(kitae.train("ppo", settings))[0]
+    assert first["rollout/reward_std"] > 0 and first["rollout/value_mean"] != 0.0
+
+
 def test_the_next_run_goes_on_with_the_critic_of_the_last(files, tiny):
     model = tiny("qwen3")
     one = kitae.train("ppo", given(files, model, "one", **SEPARATE))
@@ -509,6 +522,18 @@ def test_completions_that_nobody_can_score_move_nothing(critic, files, tiny):
     assert 0 < lines_of(out)[0]["rollout/unscored"] < 1 and lines_of(out)[0]["train/grad_norm"] > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_critic_learns_the_toy_task_too(kind, tmp_path):
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+    method = read_method("ppo")
+    method.settings["ppo"]["critic"] = "shared"
+    del method.settings["critic"]
+    lines = train_method(method, files=make_files(tmp_path), output_dir=tmp_path / "run", kind=kind)
+    first, last = movement(lines, metric="rollout/reward", window=5)
+    assert last - first > method.rises_by
+
+
 def train_by_command(settings, *, ranks):
     words = [word for name, value in flattened(settings) for word in (f"--{name}", *value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -543,6 +568,8 @@ def test_two_ranks_learn_what_one_process_does(critic, rank, files, tiny):
     kitae.train("ppo", settings("one"))
     train_by_command(settings("two"), ranks=2)
     assert_close(files / "one", files / "two")
+    first, *_, last = lines_of(files / "one")
+    assert 0 < first["rollout/unscored"] < 1 and first["train/grad_norm"] > 0 and last["train/value_loss"] > 0
 
 
 KILLS = [
@@ -609,7 +636,7 @@ def test_trls_and_colossals_names_mean_the_same_here():
     trl = (
         "--sft_model_path m --num_ppo_epochs 3 --num_mini_batches 2 --per_device_train_batch_size 8 "
         "--gradient_accumulation_steps 2 --cliprange 0.1 --cliprange_value 0.3 --gamma 0.99 --lam 0.9 "
-        "--whiten_rewards --kl_coef 0.2 --response_length 33 --missing_eos_penalty 1.0"
+        "--whiten_rewards --kl_coef 0.2 --response_length 33 --missing_eos_penalty 1.0 --reward_model_path rm"
     )
     cfg, notes = resolve("ppo", [*needed, *trl.split()], world_size=2)
     assert (cfg.rollout.prompts_per_round, cfg.rollout.updates_per_round, cfg.rollout.epochs_per_round) == (
@@ -620,7 +647,7 @@ def test_trls_and_colossals_names_mean_the_same_here():
     assert (cfg.ppo.clip_low, cfg.ppo.clip_high, cfg.ppo.value_clip) == (0.1, 0.1, 0.3)
     assert (cfg.ppo.gamma, cfg.ppo.lam, cfg.ppo.kl_coef, cfg.ppo.whiten_rewards) == (0.99, 0.9, 0.2, True)
     assert (cfg.rollout.max_new_tokens, cfg.ppo.missing_eos_penalty, cfg.model.name_or_path) == (33, 1.0, "m")
-    assert notes.warnings == []
+    assert (cfg.reward.function, notes.warnings) == ("rm", [])
     cfg, _ = resolve("ppo", [*needed, "--pretrain", "m", "--ppo.critic", "shared", "--vf_coef", "0.3"])
     assert cfg.ppo.value_coef == 0.3
     colossal = (

@@ -90,23 +90,23 @@ def test_killed_runs_equal_continuous_ones_to_the_bit(recipe, lora, tiny, pairs,
         assert caches[0].read_bytes() == caches[1].read_bytes()
 
 
-@pytest.mark.parametrize(("recipe", "lora"), [("dpo", 0), ("kto", 4)])
-def test_two_ranks_equal_one_process(recipe, lora, tiny, pairs, tmp_path):
+@pytest.mark.parametrize(("recipe", "lora", "held_out"), [("dpo", 4, 1), ("kto", 0, 4)])
+def test_two_ranks_equal_one_process(recipe, lora, held_out, tiny, pairs, tmp_path):
+    """A whole epoch of 4 pairs a step: the last step of dpo, and its evaluation, have one pair for two ranks."""
     common = [
-        sys.executable, "-m", "kitae", "train", recipe, "--model_name_or_path", str(tiny("llama")),
-        "--data.train", str(pairs), "--max_steps", "3", "--lora.rank", str(lora), "--learning_rate", "1e-3",
-        "--eval.steps", "2", "--data.hold_out", "0.1", "--log.report_to", "none", "--train.num_threads", "1",
-        "--model.dtype", "float32",
+        "train", recipe, "--model_name_or_path", str(tiny("llama")), "--data.train", str(pairs),
+        "--max_steps", "18", "--lora.rank", str(lora), "--learning_rate", "1e-3", "--eval.steps", "9",
+        "--eval.max_rows", str(held_out), "--data.hold_out", "0.1", "--log.report_to", "none",
+        "--model.dtype", "float32", "--train.num_threads", "1",
     ]  # fmt: skip
-    launch = ["launch", "--nproc_per_node", "2"]
-    one = [*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")]
-    two = [*common[:3], *launch, *common[3:], "--per_device_train_batch_size", "3"]
-    finished(one, home=tmp_path / "home")
-    finished([*two, "--output_dir", str(tmp_path / "two")], home=tmp_path / "home")
+    for name, ranks in (("one", 1), ("two", 2)):
+        launch = ["launch", "--nproc_per_node", "2"] if ranks > 1 else []
+        size = ["--per_device_train_batch_size", str(4 // ranks), "--output_dir", str(tmp_path / name)]
+        finished([sys.executable, "-m", "kitae", *launch, *common, *size], home=tmp_path / "home")
     first, second = outcome(tmp_path / "one")[0], outcome(tmp_path / "two")[0]
     assert [set(line) for line in first] == [set(line) for line in second]
     for a, b in zip(first, second, strict=True):
-        assert b == pytest.approx(a, rel=2e-4, abs=2e-5)
+        assert b == pytest.approx(a, rel=5e-4, abs=5e-5)
     weights = [load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "two")]
     for name, tensor in weights[0].items():
-        assert (tensor - weights[1][name]).abs().max() < 2e-5, name
+        assert (tensor - weights[1][name]).abs().max() < 1e-4, name

@@ -276,6 +276,11 @@ def test_an_own_loss_gets_scores_and_margins(tiny, tmp_path):
     assert lines[-1]["train/lead"] > 0
     with pytest.raises(ConfigError, match="margin"):
         run(tmp_path / "other", tiny(), data, loss=f"{tmp_path}/mine.py:hinge")
+    (tmp_path / "unsure.py").write_text(
+        "def unsure(out, weights_N, *, entropy):\n    return entropy.sum(), {}\n"
+    )
+    with pytest.raises(ConfigError, match="asks for entropy, which a reward model has not"):
+        run(tmp_path / "third", tiny(), data, loss=f"{tmp_path}/unsure.py:unsure")
 
 
 def test_killed_and_resumed_equals_continuous(tiny, tmp_path, monkeypatch):

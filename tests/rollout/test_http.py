@@ -100,7 +100,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("failure", [*PASSING, "a broken connection"])
-def test_what_may_pass_is_tried_again(endpoint, failure):
+def test_what_may_pass_is_tried_again(endpoint, failure, caplog):
     def reply(number, body):
         if number == 0:
             return broken(number, body) if failure == "a broken connection" else PASSING[failure]
@@ -108,6 +108,8 @@ def test_what_may_pass_is_tried_again(endpoint, failure):
 
     endpoint.reply = reply
     assert ask(engine_of(endpoint, timeout_s=2.0)).text == "4"
+    [warning] = caplog.messages
+    assert warning.startswith("problem 10, answer 2: ") and "attempt 1 of 3, the next in 0.0 s" in warning
     assert len(endpoint.bodies) == 2 and endpoint.bodies[0] == endpoint.bodies[1]
 
 

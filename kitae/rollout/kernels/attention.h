@@ -1,0 +1,157 @@
+// Keys and values in pages, and attention of one token over them.
+//
+// Pages: [page][key head][ keys [head size][16] | values [16][head size] ], T. A page holds 16 tokens. Keys lie so that one
+// load takes the same dimension of 16 tokens, values so that it takes 16 dimensions of one token.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "model.h"
+#include "norm.h"
+#include "team.h"
+#include "vectors.h"
+
+namespace kitae {
+
+constexpr int PAGE = 16;  // tokens
+
+// Normalise (Qwen3) and rotate one head of a query or key in place (arXiv:2104.09864, halves instead of pairs).
+inline void prepare_head(float* head, const float* norm, const Model& model, int64_t position) {
+    const int64_t size = model.head_size, half = size / 2;
+    if (norm) normalise(head, norm, size, size, model.norm_epsilon, head);
+    const float* cosine = model.cosines + position * half;
+    const float* sine = model.sines + position * half;
+    for (int64_t d = 0; d < half; d++) {
+        const float a = head[d], b = head[half + d];
+        head[d] = a * cosine[d] - b * sine[d];
+        head[half + d] = b * cosine[d] + a * sine[d];
+    }
+}
+
+// Prepare the queries of every token, and put its keys and values into its page.
+template <class T>
+void place_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+    const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
+    const Range work = team.share(tokens.count * heads);
+    for (int64_t piece = work.begin; piece < work.end; piece++) {
+        const int64_t token = piece / heads, head = piece % heads, position = tokens.positions[token];
+        float* queries = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
+        float* key = scratch.qkv + token * scratch.qkv_stride + (model.query_heads + head) * size;
+        const float* value = key + heads * size;
+        for (int64_t r = 0; r < shared; r++) prepare_head(queries + r * size, layer.query_norm, model, position);
+        prepare_head(key, layer.key_norm, model, position);
+        const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
+        T* page = static_cast<T*>(layer.pages) + (table[position / PAGE] * heads + head) * 2 * PAGE * size;
+        const int64_t place = position % PAGE;
+        for (int64_t d = 0; d < size; d++) narrow(page + d * PAGE + place, key[d]);
+        T* values = page + PAGE * size + place * size;
+        for (int64_t d = 0; d < size; d += LANES) store(values + d, load(value + d));
+    }
+}
+
+// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][size].
+// `pages` is the layer's first page of this key head, `stride` the elements from page to page; `scores` has room for
+// QUERIES times the length, rounded up to pages.
+template <int QUERIES, class T>
+void attend_to_pages(
+    const float* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table,
+    float scale, float* scores, T* out) {
+    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
+    for (int64_t p = 0; p < num_pages; p++) {
+        const T* keys = pages + table[p] * stride;
+        const char* next = reinterpret_cast<const char*>(pages + table[p + 1 < num_pages ? p + 1 : p] * stride);
+        f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
+        for (int64_t d = 0; d < size; d += 2) {
+            for (int64_t line = 0; line < int64_t(2 * PAGE * sizeof(T)); line += 64)
+                __builtin_prefetch(next + d * PAGE * int64_t(sizeof(T)) + line, 0, 3);
+            const f32x16 first = load(keys + d * PAGE), second = load(keys + (d + 1) * PAGE);
+#pragma GCC unroll 4
+            for (int r = 0; r < QUERIES; r++) {
+                even[r] += first * queries[r * size + d];
+                odd[r] += second * queries[r * size + d + 1];
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, (even[r] + odd[r]) * scale);
+    }
+
+    float inverse_total[QUERIES];
+    for (int r = 0; r < QUERIES; r++) {
+        float* own = scores + r * width;
+        for (int64_t t = length; t < width; t++) own[t] = -INFINITY;  // nothing is there yet
+        f32x16 most = load(own);
+        for (int64_t t = LANES; t < width; t += LANES) most = larger(load(own + t), most);
+        const float largest = largest_of(most);
+        f32x16 total{};
+        for (int64_t t = 0; t < width; t += LANES) {
+            const f32x16 weight = exp_of(load(own + t) - largest);
+            store(own + t, weight);
+            total += weight;
+        }
+        inverse_total[r] = 1.0f / sum_of(total);
+    }
+
+    // Four vectors of dimensions at a time, so that QUERIES times four sums stay in registers.
+    const auto gather = [&](int64_t from, auto count) {
+        constexpr int VECTORS_HERE = decltype(count)::value;
+        f32x16 sums[QUERIES][VECTORS_HERE] = {};
+        for (int64_t p = 0; p < num_pages; p++) {
+            const T* values = pages + table[p] * stride + PAGE * size + from;
+            const char* next =
+                reinterpret_cast<const char*>(pages + table[p + 1 < num_pages ? p + 1 : p] * stride + PAGE * size + from);
+            const int64_t here = length - p * PAGE < PAGE ? length - p * PAGE : PAGE;
+            for (int64_t t = 0; t < here; t++) {
+                for (int64_t line = 0; line < int64_t(VECTORS_HERE * LANES * sizeof(T)); line += 64)
+                    __builtin_prefetch(next + t * size * int64_t(sizeof(T)) + line, 0, 3);
+                f32x16 value[VECTORS_HERE];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS_HERE; v++) value[v] = load(values + t * size + v * LANES);
+#pragma GCC unroll 4
+                for (int r = 0; r < QUERIES; r++) {
+                    const float weight = scores[r * width + p * PAGE + t];
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS_HERE; v++) sums[r][v] += value[v] * weight;
+                }
+            }
+        }
+        for (int r = 0; r < QUERIES; r++)
+            for (int v = 0; v < VECTORS_HERE; v++) store(out + r * size + from + v * LANES, sums[r][v] * inverse_total[r]);
+    };
+    int64_t from = 0;
+    for (; from + 4 * LANES <= size; from += 4 * LANES) gather(from, std::integral_constant<int, 4>{});
+    for (; from < size; from += LANES) gather(from, std::integral_constant<int, 1>{});
+}
+
+// Attention of every token over all tokens of its row up to itself, whose keys and values are in their pages.
+// Rows that share a prompt should be neighbours: its pages then come from the cache.
+template <class T>
+void attend(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+    static thread_local std::vector<float> scores;
+    const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
+    const int64_t stride = heads * 2 * PAGE * size;
+    const Range work = team.share(heads * tokens.count);
+    for (int64_t piece = work.begin; piece < work.end; piece++) {
+        const int64_t head = piece / tokens.count, token = piece % tokens.count;
+        const int64_t length = tokens.positions[token] + 1;
+        const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
+        const float* queries = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
+        const T* pages = static_cast<const T*>(layer.pages) + head * 2 * PAGE * size;
+        T* out = static_cast<T*>(scratch.attended) + token * scratch.attended_stride + head * shared * size;
+        const size_t room = size_t(4 * ((length + PAGE - 1) / PAGE) * PAGE);
+        if (scores.size() < room) scores.resize(room * 3 / 2);
+        int64_t r = 0;
+        const auto some = [&](auto count) {
+            constexpr int QUERIES = decltype(count)::value;
+            attend_to_pages<QUERIES>(
+                queries + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
+            r += QUERIES;
+        };
+        while (r + 4 <= shared) some(std::integral_constant<int, 4>{});
+        if (shared - r == 3) some(std::integral_constant<int, 3>{});
+        if (shared - r == 2) some(std::integral_constant<int, 2>{});
+        if (shared - r == 1) some(std::integral_constant<int, 1>{});
+    }
+}
+
+}  // namespace kitae

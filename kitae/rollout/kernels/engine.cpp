@@ -1,0 +1,200 @@
+// The decoder of Qwen2, Qwen3 and Llama, and the functions that Python calls.
+//
+//   tokens -> embedding -> [norm -> q, k, v -> pages -> attention -> + | norm -> gate, up -> down -> +] x layers
+//          -> norm -> head -> logits -> sampler -> next tokens
+//
+// A call is one parallel region; between its phases the threads wait for each other. Prompts and single tokens go the same
+// way: a pass is a number of tokens, each with its position and its row's pages.
+#include <omp.h>
+
+#include "attention.h"
+#include "model.h"
+#include "norm.h"
+#include "product.h"
+#include "sampler.h"
+#include "team.h"
+
+namespace kitae {
+
+template <class T> void embed(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
+    const Range mine = team.share(tokens.count);
+    for (int64_t t = mine.begin; t < mine.end; t++) {
+        const T* from = static_cast<const T*>(model.embedding) + tokens.ids[t] * model.embedding_stride;
+        float* to = scratch.hidden + t * scratch.hidden_stride;
+        for (int64_t j = 0; j < model.hidden_size; j++) to[j] = to_float(from[j]);
+        for (int64_t j = model.hidden_size; j < scratch.hidden_stride; j++) to[j] = 0;
+    }
+}
+
+// The first `count` rows of the residual stream, normalised.
+template <class T>
+void normalise_rows(const Team& team, const Model& model, const Scratch& scratch, const float* weights, int64_t count) {
+    const Range mine = team.share(count);
+    const int64_t stride = scratch.hidden_stride;
+    for (int64_t t = mine.begin; t < mine.end; t++)
+        normalise(
+            scratch.hidden + t * stride, weights, model.hidden_size, stride, model.norm_epsilon,
+            static_cast<T*>(scratch.normed) + t * stride);
+}
+
+// x * matrix added to the residual stream.
+template <class T>
+void add_product(const Team& team, const Scratch& scratch, const void* x, int64_t stride, int64_t count, const Matrix& matrix) {
+    multiply(team, static_cast<const T*>(x), stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+        float* to = scratch.hidden + row * scratch.hidden_stride + block * BLOCK;
+        for (int j = 0; j < BLOCK; j += LANES) store(to + j, load(to + j) + load(sums + j));
+    });
+}
+
+// silu(gate) * up, see Layer::gate_up.
+template <class T>
+void gate_up(const Team& team, const Scratch& scratch, int64_t count, const Matrix& matrix) {
+    const T* x = static_cast<const T*>(scratch.normed);
+    multiply(team, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+        T* to = static_cast<T*>(scratch.activated) + row * scratch.activated_stride + block * BLOCK / 2;
+        for (int j = 0; j < BLOCK / 2; j += LANES) {
+            const f32x16 gate = load(sums + j), up = load(sums + BLOCK / 2 + j);
+            store(to + j, gate / (1.0f + exp_of(-gate)) * up);
+        }
+    });
+}
+
+template <class T>
+void write_product(const Team& team, const Scratch& scratch, int64_t count, const Matrix& matrix, float* out, int64_t stride) {
+    const T* x = static_cast<const T*>(scratch.normed);
+    multiply(team, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+        std::memcpy(out + row * stride + block * BLOCK, sums, BLOCK * sizeof(float));
+    });
+}
+
+// All layers: the tokens' residual stream is in scratch.hidden, their keys and values are in the pages.
+template <class T> void run_layers(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
+    const int64_t count = tokens.count;
+    embed<T>(team, model, scratch, tokens);  // each thread normalises the rows it embedded
+    for (int64_t i = 0; i < model.num_layers; i++) {
+        const Layer& layer = model.layers[i];
+        normalise_rows<T>(team, model, scratch, layer.attention_norm, count);
+        team.barrier();
+        write_product<T>(team, scratch, count, layer.qkv, scratch.qkv, scratch.qkv_stride);
+        team.barrier();
+        place_keys<T>(team, model, layer, scratch, tokens);
+        team.barrier();
+        attend<T>(team, model, layer, scratch, tokens);
+        team.barrier();
+        add_product<T>(team, scratch, scratch.attended, scratch.attended_stride, count, layer.out);
+        team.barrier();
+        normalise_rows<T>(team, model, scratch, layer.mlp_norm, count);
+        team.barrier();
+        gate_up<T>(team, scratch, count, layer.gate_up);
+        team.barrier();
+        add_product<T>(team, scratch, scratch.activated, scratch.activated_stride, count, layer.down);
+        team.barrier();
+    }
+}
+
+// Logits of the first `count` rows of scratch.hidden, to scratch.logits from row `at` on.
+template <class T> void run_head(const Team& team, const Model& model, const Scratch& scratch, int64_t count, int64_t at) {
+    normalise_rows<T>(team, model, scratch, model.final_norm, count);
+    team.barrier();
+    float* out = scratch.logits + at * scratch.logits_stride;
+    write_product<T>(team, scratch, count, model.head, out, scratch.logits_stride);
+    team.barrier();
+}
+
+inline bool is_stop(const Sampling& sampling, int64_t id) {
+    for (int64_t i = 0; i < sampling.num_stop_ids; i++)
+        if (sampling.stop_ids[i] == id) return true;
+    return false;
+}
+
+// Decode steps until one of them ended a row, at most sampling.steps; returns how many. Each row must have pages for all.
+template <class T>
+int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens, const Sampling& sampling, int threads) {
+    int64_t done = 0;
+    bool is_over = false;
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        const Range mine = team.share(tokens.count);
+        while (!is_over) {
+            const int64_t before = done * tokens.count;
+            run_layers<T>(team, model, scratch, tokens);
+            run_head<T>(team, model, scratch, tokens.count, 0);
+            for (int64_t t = mine.begin; t < mine.end; t++) {
+                const Choice choice = choose(
+                    scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperature,
+                    sampling.uniforms[before + t]);
+                sampling.ids[before + t] = choice.id;
+                sampling.logprobs[before + t] = choice.logprob;
+                tokens.ids[t] = choice.id;
+                tokens.positions[t]++;
+            }
+            team.barrier();
+            if (team.id == 0) {
+                done++;
+                is_over = done == sampling.steps;
+                for (int64_t t = 0; t < tokens.count; t++) is_over |= is_stop(sampling, tokens.ids[t]);
+            }
+            team.barrier();
+        }
+    }
+    return done;
+}
+
+// One pass. The logits of tokens wanted[0, 1, ...] (rising) go to scratch.logits from row `at` on.
+template <class T>
+void forward(
+    const Model& model, const Scratch& scratch, const Tokens& tokens, const int32_t* wanted, int64_t num_wanted, int64_t at,
+    int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        run_layers<T>(team, model, scratch, tokens);
+        if (team.id == 0)
+            for (int64_t i = 0; i < num_wanted; i++)
+                if (wanted[i] != i)
+                    std::memcpy(
+                        scratch.hidden + i * scratch.hidden_stride, scratch.hidden + wanted[i] * scratch.hidden_stride,
+                        size_t(scratch.hidden_stride) * sizeof(float));
+        team.barrier();
+        if (num_wanted) run_head<T>(team, model, scratch, num_wanted, at);
+    }
+}
+
+// Row i is sampled from row row_of[i] of the logits.
+void sample(const Model& model, const Scratch& scratch, const int32_t* row_of, int64_t count, const Sampling& sampling) {
+    for (int64_t i = 0; i < count; i++) {
+        float* logits = scratch.logits + row_of[i] * scratch.logits_stride;
+        const Choice choice = choose(logits, model.vocabulary, sampling.temperature, sampling.uniforms[i]);
+        sampling.ids[i] = choice.id;
+        sampling.logprobs[i] = choice.logprob;
+    }
+}
+
+}  // namespace kitae
+
+using namespace kitae;
+
+extern "C" {
+
+int64_t kitae_decode(
+    const Model* model, const Scratch* scratch, const Tokens* tokens, const Sampling* sampling, int is_bf16, int threads) {
+    return is_bf16 ? decode<bf16>(*model, *scratch, *tokens, *sampling, threads)
+                   : decode<float>(*model, *scratch, *tokens, *sampling, threads);
+}
+
+void kitae_forward(
+    const Model* model, const Scratch* scratch, const Tokens* tokens, const int32_t* wanted, int64_t num_wanted, int64_t at,
+    int is_bf16, int threads) {
+    if (is_bf16)
+        forward<bf16>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
+    else
+        forward<float>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
+}
+
+void kitae_sample(
+    const Model* model, const Scratch* scratch, const int32_t* row_of, int64_t count, const Sampling* sampling) {
+    sample(*model, *scratch, row_of, count, *sampling);
+}
+
+}

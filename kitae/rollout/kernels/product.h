@@ -1,0 +1,157 @@
+// Matrix products with packed weights, in tiles of a few rows times 64 columns kept in registers.
+//
+// A row's sums run over the inputs in order, one after the other, whatever rows share its tile and whichever thread
+// computes it: so a row gets the same bits alone and among others.
+#pragma once
+
+#include "model.h"
+#include "team.h"
+#include "vectors.h"
+
+namespace kitae {
+
+constexpr int BLOCK = 64;  // output columns that lie together
+
+// Registers decide how much of a block is accumulated at a time.
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4;
+constexpr int FLOAT_ROWS = 6;
+#if defined(__AVX512BF16__)
+constexpr int BF16_ROWS = 6;
+#else
+constexpr int BF16_ROWS = 4;
+#endif
+#else
+constexpr int VECTORS = 2;
+constexpr int FLOAT_ROWS = 3;
+constexpr int BF16_ROWS = 2;
+#endif
+
+template <class T> struct Packing;
+template <> struct Packing<float> {
+    static constexpr int q = 1, rows = FLOAT_ROWS;
+};
+template <> struct Packing<bf16> {
+    static constexpr int q = 2, rows = BF16_ROWS;
+};
+
+// Cache lines to fetch while a tile is computed: `lines` for each 256 bytes of weights, from `next` on.
+struct Prefetch {
+    const char* next;
+    int lines;
+
+    void step() {
+        for (int i = 0; i < lines; i++) __builtin_prefetch(next + i * 64, 0, 2);
+        next += lines * 64;
+    }
+};
+
+// sums[r][16 v ...] += x[r][q k ...] * w[k][16 v ...] of one k.
+template <int ROWS>
+inline __attribute__((always_inline)) void add_products(
+    f32x16 (&sums)[ROWS][VECTORS], const float* x, int64_t stride, const float* w) {
+    f32x16 column[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) column[v] = load(w + v * LANES);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+        const f32x16 input = splat(x[r * stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[r][v] += input * column[v];
+    }
+}
+
+template <int ROWS>
+inline __attribute__((always_inline)) void add_products(
+    f32x16 (&sums)[ROWS][VECTORS], const bf16* x, int64_t stride, const bf16* w) {
+    u32x16 column[VECTORS];  // each lane two weights of one output column
+    std::memcpy(column, w, sizeof column);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+        uint32_t pair;
+        std::memcpy(&pair, x + r * stride, sizeof pair);
+#if defined(__AVX512BF16__)
+        const u32x16 input = pair - u32x16{};
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            sums[r][v] = (f32x16)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)column[v], (__m512bh)input);
+#else
+        // A bf16 becomes a float when it is the upper half of one.
+        const f32x16 first = (f32x16)((pair << 16) - u32x16{});
+        const f32x16 second = (f32x16)((pair & 0xffff0000u) - u32x16{});
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) {
+            sums[r][v] += first * (f32x16)(column[v] << 16);
+            sums[r][v] += second * (f32x16)(column[v] & 0xffff0000u);
+        }
+#endif
+    }
+}
+
+// ROWS rows of x times one block of weights: sums [ROWS][64].
+template <int ROWS, class T>
+void tile(const T* x, int64_t stride, const T* block, int64_t depth, float* out, Prefetch prefetch) {
+    constexpr int q = Packing<T>::q;
+    for (int first = 0; first < BLOCK; first += VECTORS * LANES) {
+        f32x16 sums[ROWS][VECTORS] = {};
+        for (int64_t k = 0; k < depth; k += q) {
+            prefetch.step();
+            add_products<ROWS>(sums, x + k, stride, block + (k * BLOCK + first * q));
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) store(out + r * BLOCK + first + v * LANES, sums[r][v]);
+    }
+}
+
+template <class T, int ROWS = Packing<T>::rows>
+void tile_of(int rows, const T* x, int64_t stride, const T* block, int64_t depth, float* out, Prefetch prefetch) {
+    if constexpr (ROWS == 1) {
+        tile<1>(x, stride, block, depth, out, prefetch);
+    } else if (rows == ROWS) {
+        tile<ROWS>(x, stride, block, depth, out, prefetch);
+    } else {
+        tile_of<T, ROWS - 1>(rows, x, stride, block, depth, out, prefetch);
+    }
+}
+
+// How many parts the rows are cut into: more where there are few blocks for the threads.
+inline int64_t parts_of_rows(int64_t rows, int64_t blocks, int threads) {
+    const int64_t wanted = (8 * threads + blocks - 1) / blocks, possible = rows / 12;
+    return wanted < possible ? wanted : possible > 1 ? possible : 1;
+}
+
+// For each row and block of 64 columns of x * weights + bias, calls use(row, block, sums[64]).
+template <class T, class Use>
+void multiply(const Team& team, const T* x, int64_t stride, int64_t rows, const Matrix& matrix, Use use) {
+    constexpr int most = Packing<T>::rows;
+    alignas(64) float sums[most * BLOCK];
+    const int64_t blocks = matrix.columns / BLOCK, parts = parts_of_rows(rows, blocks, team.size);
+    const int64_t block_size = matrix.depth * BLOCK;
+    const Range work = team.share(blocks * parts);
+    for (int64_t piece = work.begin; piece < work.end; piece++) {
+        const int64_t block = piece / parts, part = piece % parts;
+        const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
+        const int64_t tiles = (end - first + most - 1) / most;
+        const T* weights = static_cast<const T*>(matrix.weights) + block * block_size;
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t from = first + (end - first) * t / tiles, to = first + (end - first) * (t + 1) / tiles;
+            // Few tiles wait for the weights: fetch 4 KiB ahead. Of many, the first four fetch the next block.
+            const char* here = reinterpret_cast<const char*>(weights);
+            const int64_t bytes = block_size * int64_t(sizeof(T));
+            Prefetch prefetch{here, 0};
+            if (tiles < 4 && t == 0) prefetch = {here + 4096, 4};
+            if (tiles >= 4 && t < 4 && piece + 1 < work.end) prefetch = {here + bytes + bytes / 4 * t, 1};
+            tile_of<T>(int(to - from), x + from * stride, stride, weights, matrix.depth, sums, prefetch);
+            for (int64_t row = from; row < to; row++) {
+                float* own = sums + (row - from) * BLOCK;
+                if (matrix.bias)
+                    for (int j = 0; j < BLOCK; j += LANES) store(own + j, load(own + j) + load(matrix.bias + block * BLOCK + j));
+                use(row, block, own);
+            }
+        }
+    }
+}
+
+}  // namespace kitae
