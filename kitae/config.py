@@ -281,6 +281,9 @@ class RolloutSettings(Section):
     """Drop tokens less likely than this share of the likeliest."""
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
+    engine: Literal["auto", "generic", "native"] = "auto"
+    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use; generic runs any
+    model through transformers; auto takes native where it can run and the run is long enough for the compiling to pay."""
     updates_per_round: int = Field(1, ge=1)
     """Optimizer steps each pass over a round's rollouts is cut into."""
     epochs_per_round: int = Field(1, ge=1)

@@ -31,6 +31,20 @@ def own_home(tmp_path_factory: pytest.TempPathFactory):
         os.environ["KITAE_HOME"] = before
 
 
+@pytest.fixture
+def kernels(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch):
+    """The native engine's kernels, compiled once into pytest's own cache; tests that need them are skipped without a compiler."""
+    from kitae.rollout.build import BuildError, load_kernels
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(pytestconfig.cache.mkdir("compiled")))
+    try:
+        return load_kernels()
+    except BuildError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"the kernels must compile in CI: {error}")
+        pytest.skip(f"no kernels: {error}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data; tests that need it are skipped elsewhere, but must run in CI."""

@@ -16,7 +16,7 @@ from kitae.errors import DataError
 if TYPE_CHECKING:
     from kitae.data.chat import Template
     from kitae.models.policy import Policy
-    from kitae.rollout.generic import GenericEngine
+    from kitae.rollout.choose import LocalEngine
     from kitae.types import Problem
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class UseSettings(SamplingSettings):
     """Give the model the prompt as it stands, without a chat template."""
     batch_size: int = Field(64, ge=1)
     """Completions sampled at the same time; memory grows with it, the result does not depend on it."""
+    engine: Literal["auto", "generic", "native"] = "auto"
+    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use; generic runs any
+    model through transformers; auto takes native where it can run and the model is large enough for the compiling to pay."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     tokenizer: str | None = None
@@ -71,7 +74,7 @@ class Opened:
 
     policy: Policy
     template: Template
-    engine: GenericEngine
+    engine: LocalEngine
 
     @property
     def context(self) -> int | None:
@@ -106,7 +109,7 @@ def open_model(
     from kitae.data.chat import Template
     from kitae.data.templates import saved_template
     from kitae.models.load import load_policy, load_tokenizer
-    from kitae.rollout.generic import GenericEngine
+    from kitae.rollout.choose import open_engine
 
     model = use.model_settings(name=name)
     data = DataSettings(system_prompt=use.system_prompt, template=use.template)
@@ -118,8 +121,14 @@ def open_model(
         for difference in template.differences(model.name_or_path):
             log.warning("%s was trained with another template: %s", model.name_or_path, difference)
     policy = load_policy(model, trainable=False)
-    engine = GenericEngine(
-        policy, stop_ids=template.stop_ids, decode=template.decode, max_rows=use.batch_size
+    engine, _ = open_engine(
+        policy,
+        wanted=use.engine,
+        setting="engine",
+        expected_tokens=use.max_new_tokens,  # of one completion at least
+        stop_ids=template.stop_ids,
+        decode=template.decode,
+        max_rows=use.batch_size,
     )
     return Opened(policy=policy, template=template, engine=engine)
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCAL_ONLY = (
-    "raw", "batch_size", "revision", "tokenizer", "dtype", "device", "quantization", "trust_remote_code", "template",
+    "raw", "engine", "batch_size", "revision", "tokenizer", "dtype", "device", "quantization", "trust_remote_code",
+    "template",
 )  # fmt: skip
 ENDPOINT_ONLY = (
     "api_key_env",
@@ -352,7 +353,7 @@ class _Local:
         found = find_model(use.model, revision=use.revision, with_code=use.trust_remote_code)
         self.provenance = {"model": found.name if found.adapter is None else str(found.adapter.resolve())}
         self.provenance["fingerprint"] = model_fingerprint(found)
-        own = ("system_prompt", "template", "raw", "tokenizer", "dtype", "quantization")
+        own = ("system_prompt", "template", "raw", "engine", "tokenizer", "dtype", "quantization")
         self.identity = {"fingerprint": self.provenance["fingerprint"]} | {
             name: getattr(use, name) for name in own
         }

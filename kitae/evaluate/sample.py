@@ -26,7 +26,7 @@ from kitae.data.formats import Example, Message, RowError, to_example
 from kitae.errors import DataError, LockedError
 from kitae.rewards.pool import RewardPool
 from kitae.rewards.reasoning import RIGHT_ANSWER
-from kitae.rollout.generic import GenericEngine
+from kitae.rollout.choose import LocalEngine
 from kitae.rollout.http import HttpEngine, RequestRefused
 from kitae.train.files import JsonLines, disk_errors
 from kitae.types import Problem, Rollout, Score
@@ -120,7 +120,7 @@ def read_asked(path: Path) -> Iterator[tuple[int, Answer]]:
 
 
 def ask_engine(
-    engine: GenericEngine,
+    engine: LocalEngine,
     problems: Sequence[Problem],
     *,
     n: int,
@@ -159,7 +159,7 @@ class _Groups:
         problems: Sequence[Problem],
         *,
         n: int,
-        engine: GenericEngine,
+        engine: LocalEngine,
         limit: int,
         pool: RewardPool,
         on_answers: OnAnswers,

@@ -256,8 +256,9 @@ class _Compared(torch.autograd.Function):
         n = len(hidden_NH)
         logprobs_N, divergence_N, teacher_N = (torch.zeros(n, device=hidden_NH.device) for _ in range(3))
         has_teacher_logprobs = False
-        eager = None
+        eager, has_logprobs = None, False
         if coefficients is not None and any(ctx.needs_input_grad[:3]):
+            has_logprobs = bool(coefficients[0].any())
             eager = heads.Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
         for start in range(0, n, task.rows):
             stop = min(start + task.rows, n)
@@ -268,7 +269,7 @@ class _Compared(torch.autograd.Function):
                 teacher_N[start:stop] = chunk.teacher_logprobs_C[: stop - start]
                 has_teacher_logprobs = True
             if eager is not None and coefficients is not None:
-                grad_CV = _gradient(chunk, task, coefficients, start, stop)
+                grad_CV = _gradient(chunk, task, coefficients, start, stop, has_logprobs=has_logprobs)
                 eager.add(start, stop, grad_CV, chunk.hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
         ctx.task, ctx.coefficients, ctx.eager = task, coefficients, eager
@@ -296,10 +297,12 @@ class _Compared(torch.autograd.Function):
                     grad.mul_(factor)
             return *heads.hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
         grads = heads.Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
+        has_logprobs = bool(found[0].any())
         for start in range(0, len(hidden_NH), task.rows):
             stop = min(start + task.rows, len(hidden_NH))
             chunk = _compare(hidden_NH, weight_VH, bias_V, task, start, stop)
-            grads.add(start, stop, _gradient(chunk, task, found, start, stop), chunk.hidden_CH, weight_VH)
+            grad_CV = _gradient(chunk, task, found, start, stop, has_logprobs=has_logprobs)
+            grads.add(start, stop, grad_CV, chunk.hidden_CH, weight_VH)
         return *heads.hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
 
 
@@ -329,7 +332,13 @@ def _compare(
 
 
 def _gradient(
-    chunk: _Chunk, task: _Task, coefficients: tuple[Tensor, Tensor], start: int, stop: int
+    chunk: _Chunk,
+    task: _Task,
+    coefficients: tuple[Tensor, Tensor],
+    start: int,
+    stop: int,
+    *,
+    has_logprobs: bool,
 ) -> Tensor:
     """Derivative of coefficients . (logprobs, divergences) by the student's logits, which are used up."""
     by_logprob_C1, by_divergence_C1 = (
@@ -347,7 +356,7 @@ def _gradient(
     grad_CV.mul_(by_divergence_C1 / task.how.temperature)
     if missing := chunk.logits_CV.shape[-1] - grad_CV.shape[-1]:
         grad_CV = F.pad(grad_CV, (0, missing))
-    if by_logprob_C1.any():
+    if has_logprobs:
         p_CV = chunk.logits_CV.sub_(chunk.lse_C1).exp_()
         grad_CV.sub_(p_CV.mul_(by_logprob_C1)).scatter_add_(1, chunk.targets_C1, by_logprob_C1)
     return grad_CV
@@ -355,7 +364,7 @@ def _gradient(
 
 def common_factor(foretold: Sequence[Tensor], found: Sequence[Tensor]) -> float | None:
     """The number that turns the foretold coefficients into those found, but for rounding; None where there is none."""
-    a, b = torch.cat(list(foretold)).double(), torch.cat(list(found)).double()
+    a, b = (torch.cat(list(parts)).cpu().double() for parts in (foretold, found))
     norm = a @ a
     factor = float(a @ b / norm) if norm > 0 else 0.0
     largest = float((a * factor).abs().max()) if len(a) else 0.0

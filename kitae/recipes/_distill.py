@@ -69,8 +69,7 @@ class Data:
 def open_data(cfg: Settings, setup: Setup) -> Data:
     """Rows and prompts as on_policy_share needs them, from the same files with the same hold-out."""
     share = cfg.distill.on_policy_share
-    per_pass, passes = cfg.train.per_device_train_batch_size, cfg.train.gradient_accumulation_steps
-    per_step = per_pass * passes * setup.world.world_size
+    per_step = rows_per_step(cfg, setup)
     rows: Loader[list[Row]] | None = None
     prompts: Loader[Problem] | None = None
     held_out: Sequence[Any] | None = None
@@ -85,6 +84,12 @@ def open_data(cfg: Settings, setup: Setup) -> Data:
         prompts = setup.loader(problems, items_per_step=per_step, name="prompts")
         held_out = unseen if rows is None else held_out
     return Data(rows=rows, prompts=prompts, all_rows=all_rows, held_out=held_out)
+
+
+def rows_per_step(cfg: Settings, setup: Setup) -> int:
+    """Rows, or prompts, of one optimizer step over all ranks."""
+    batch = cfg.train
+    return batch.per_device_train_batch_size * batch.gradient_accumulation_steps * setup.world.world_size
 
 
 # the teacher ------------------------------------------------------------------------------------------------------
@@ -195,6 +200,11 @@ class RunTeacher:
 
     def _fill(self, store: TeacherStore, *, data: Data) -> None:
         """Score what the store lacks; afterwards it has every row of the run."""
+        if self._students < store.num_columns:
+            raise ConfigError(
+                f"distill.store {store.folder} holds distributions over {store.num_columns} tokens, and the student's "
+                f"vocabulary has {self._students}; name another folder"
+            )
         sources = [data.all_rows] if data.held_out is None else [data.all_rows, data.held_out]
         missing = [store.missing(items) for items in sources]
         lacking = sum(part.num_rows for part in missing)
@@ -228,11 +238,6 @@ class RunTeacher:
         else:
             log.info("distill.store %s has every row: no teacher is loaded", store.folder)
         self.num_columns = store.num_columns
-        if self._students < store.num_columns:
-            raise ConfigError(
-                f"distill.store {store.folder} holds distributions over {store.num_columns} tokens, and the student's "
-                f"vocabulary has {self._students}; name another folder"
-            )
 
     def _score(
         self, items: Sequence[list[Row]], numbers: list[int], *, store: TeacherStore, teacher: LiveTeacher
@@ -292,16 +297,9 @@ def is_on_policy(cfg: Settings, *, step: int) -> bool:
 
 
 def make_sampler(cfg: Settings, setup: Setup, learner: Learner) -> Sampler:
-    """Samples from the student's present weights."""
-    own = cfg.rollout
-    rollout = RolloutSettings(
-        max_new_tokens=own.max_new_tokens,
-        top_p=own.top_p,
-        top_k=own.top_k,
-        min_p=own.min_p,
-        inference_batch_size=own.inference_batch_size,
-    )
-    return setup.sampler(learner, rollout)
+    """Samples from the student's present weights: every step is a round of its own."""
+    own = cfg.rollout.model_dump(exclude={"temperature"}) | {"prompts_per_round": rows_per_step(cfg, setup)}
+    return setup.sampler(learner, RolloutSettings().model_copy(update=own))
 
 
 def sampled_rows(

@@ -7,9 +7,11 @@ The contract with worked examples is docs/recipes/custom-losses.md.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from kitae.types import TokenOutputs
 
 ENTROPY = "entropy"
 """A loss that takes this keyword gets the entropies [N], which are computed for it."""
+
+RESERVED = {"loss", "entropy", "grad_norm", "learning_rate", "skipped", "loss_scale"}
+"""Metrics of a step that the Learner reports by itself."""
 
 
 def chosen_loss(name: str, *, default: LossFn, produces: Sequence[str]) -> LossFn:
@@ -39,6 +44,13 @@ def chosen_loss(name: str, *, default: LossFn, produces: Sequence[str]) -> LossF
         raise ConfigError(f"loss is {name}, which is a {type(function).__name__} and no function")
     asked = _asked(name, function, known=[*produces, ENTROPY])
     return _Own(name, function, asked=asked)
+
+
+def fingerprint(name: str) -> str | None:
+    """A hash of the file of `file.py:function`, None for anything else: a run is only resumed with the same text."""
+    path = Path(name.rpartition(":")[0]).expanduser()
+    is_file = path.suffix == ".py" and path.is_file()
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if is_file else None
 
 
 class _Own:
@@ -65,7 +77,9 @@ class _Own:
         except Exception as error:
             if isinstance(error, KitaeError) or is_out_of_memory(error):
                 raise
-            line = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            own_file = getattr(getattr(self._function, "__code__", None), "co_filename", "")
+            line = [*frames[-1:], *(frame for frame in frames if frame.filename == own_file)][-1]
             raise ConfigError(
                 f"loss {self._name} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}"
             ) from error
@@ -84,6 +98,8 @@ class _Own:
             refuse(f"returned {_described(loss)} as its sum, which must be one number in a tensor")
         if not loss.requires_grad:
             refuse("returned a sum without a gradient: it must depend on out, undetached")
+        if taken := sorted(RESERVED & set(metrics)):
+            refuse(f"returned a metric {taken[0]!r}, a name the learner has already")
         for key, value in metrics.items():
             if not isinstance(value, Tensor) or value.dim() != 0:
                 refuse(

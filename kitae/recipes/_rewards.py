@@ -7,6 +7,7 @@ A reward model's folder is scored here, in batches; a function by rewards/pool.p
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kitae.config import DataSettings, ModelSettings, RewardSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
 from kitae.data.formats import RowError
-from kitae.errors import ConfigError
+from kitae.errors import ConfigError, ModelError
 from kitae.models.critic import Critic, load_critic
 from kitae.models.files import find_model
 from kitae.models.load import load_tokenizer
@@ -31,6 +32,7 @@ from kitae.rewards.pool import RewardPool
 from kitae.train.memory import Passes
 from kitae.types import Problem, Row, Score, WeighedScore
 
+log = logging.getLogger(__name__)
 Items = Sequence[tuple[str, Problem]]
 ROWS_PER_FORWARD = 64
 
@@ -106,7 +108,8 @@ class RewardModel:
         self._critic = critic.eval()
         self._template = template
         self._passes = Passes(critic, World())
-        self.max_length: int = critic.causal_lm.config.get_text_config().max_position_embeddings
+        config = critic.causal_lm.config.get_text_config()
+        self.max_length: float = getattr(config, "max_position_embeddings", math.inf)
         """Longest prompt and completion it was built for, in tokens; what is longer cannot be scored."""
 
     @classmethod
@@ -116,13 +119,19 @@ class RewardModel:
         """A folder, run, adapter folder or hub id of a reward model; `setting` is where it was named, for errors."""
         # The settings' class checks device and dtype.
         model = ModelSettings.model_validate({"name_or_path": name, "device": device, "dtype": dtype})
-        if not has_score(find_model(name)):
+        try:
+            found = find_model(name)
+        except ModelError as error:
+            raise ModelError(f"{setting}: {error}") from error
+        if not has_score(found):
             raise ConfigError(
                 f"{setting} names {name}, a language model without a score; make a reward model of it with kitae train "
                 "reward_model, and name that run's folder"
             )
         template = Template.load(load_tokenizer(model), data=DataSettings())
-        return cls(load_critic(model, trainable=False, ranks=ranks), template=template)
+        own = cls(load_critic(model, trainable=False, ranks=ranks), template=template)
+        log.info("%s: the reward model %s reads up to %s tokens", setting, name, own.max_length)
+        return own
 
     @torch.no_grad()
     def score(self, items: Items) -> list[Score]:

@@ -23,6 +23,7 @@ from kitae.data.instructions import form_instruction
 from kitae.data.sources import first_questions
 from kitae.models.load import load_tokenizer
 from kitae.parallel.world import World, start_world
+from kitae.recipes._losses import fingerprint
 from kitae.recipes._setup import Setup
 from kitae.train.run import Run
 
@@ -74,6 +75,8 @@ def _train(recipe: ModuleType, cfg: Any, *, run: Run, world: World) -> None:
         load_tokenizer(cfg.model), data=cfg.data, default_system_prompt=default_system_prompt(cfg)
     )
     run.identify(template=template.fingerprint)
+    if cfg.loss:
+        run.identify(loss=fingerprint(cfg.loss))
     log.info("system prompt: %s", repr(template.system_prompt) if template.system_prompt else "none")
     setup = Setup(cfg, world=world, run=run, template=template)
     try:

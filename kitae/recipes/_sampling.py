@@ -17,7 +17,7 @@ from kitae.recipes._rewards import Rewards
 from kitae.rewards import reasoning
 from kitae.rewards.math import final_answer, is_usable
 from kitae.rewards.pool import EXHAUSTED, RewardPool
-from kitae.rollout.generic import GenericEngine
+from kitae.rollout.base import RolloutEngine
 from kitae.train.learner import Learner
 from kitae.types import Batch, Problem, Rollout, Row, Score, WeighedScore
 
@@ -29,7 +29,7 @@ class Sampler:
     """Samples from a learner's present weights under a recipe's rollout settings."""
 
     def __init__(
-        self, engine: GenericEngine, *, learner: Learner, rollout: RolloutSettings, seed: int
+        self, engine: RolloutEngine, *, learner: Learner, rollout: RolloutSettings, seed: int
     ) -> None:
         self._engine, self._learner, self._rollout, self._seed = engine, learner, rollout, seed
 

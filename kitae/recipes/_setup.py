@@ -54,7 +54,7 @@ from kitae.recipes._sampling import (
 )
 from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
-from kitae.rollout.generic import GenericEngine
+from kitae.rollout.choose import open_engine
 from kitae.train.difficulty import Difficulty
 from kitae.train.learner import Learner
 from kitae.train.progress import Ticker, as_text
@@ -384,12 +384,18 @@ class Setup:
 
     def sampler(self, learner: Learner, rollout: RolloutSettings) -> Sampler:
         """Samples from the learner's present weights."""
-        engine = GenericEngine(
+        rounds = learner.total_steps / (rollout.updates_per_round * rollout.epochs_per_round)
+        completions = rollout.prompts_per_round * rollout.num_generations / self.world.world_size
+        engine, name = open_engine(
             learner.policy,
+            wanted=rollout.engine,
+            setting="rollout.engine",
+            expected_tokens=rounds * completions * rollout.max_new_tokens,
             stop_ids=self.template.stop_ids,
             decode=self.template.decode,
             max_rows=rollout.inference_batch_size,
         )
+        self.run.identify(rollout_engine=name)
         return Sampler(engine, learner=learner, rollout=rollout, seed=self.cfg.train.seed)
 
     def judge(self, reward: RewardSettings) -> Judge:

@@ -88,10 +88,13 @@ class StudentRolloutSettings(Section):
     """Drop tokens less likely than this share of the likeliest."""
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
+    engine: Literal["auto", "generic", "native"] = "auto"
+    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use; generic runs any
+    model through transformers; auto takes native where it can run and the run is long enough for the compiling to pay."""
 
 
 class Settings(Section):
-    """Distillation from a teacher: on-policy (GKD), on data, or from its stored top-k log-probs."""
+    """Distillation from a teacher, on-policy (GKD), on data, or from its stored top-k log-probs: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/distill"
     """The run's folder: final model at its top, checkpoints and logs beside it."""

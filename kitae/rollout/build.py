@@ -48,6 +48,7 @@ def load_kernels(*, cache: Path | None = None) -> ctypes.CDLL:
                 return loaded
             began = time.perf_counter()
             compile_kernels(file, compiler=compiler, runtime=runtime)
+            _checksum_file(file).write_text(_checksum(file))
             log.info("compiled the rollout kernels in %.1f s: %s", time.perf_counter() - began, file)
     except OSError as error:
         raise BuildError(f"{folder} cannot be written ({error})") from error
@@ -133,8 +134,11 @@ def _version(compiler: str) -> str:
 
 
 def _load(file: Path) -> ctypes.CDLL | None:
-    """The library, or None where the file is missing or damaged."""
-    if not file.exists():
+    """The library, or None where the file is missing or damaged: loading half a library kills the process."""
+    try:
+        if _checksum_file(file).read_text() != _checksum(file):
+            return None
+    except OSError:
         return None
     try:
         loaded = ctypes.CDLL(str(file))
@@ -142,3 +146,11 @@ def _load(file: Path) -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     return loaded
+
+
+def _checksum_file(file: Path) -> Path:
+    return file.with_suffix(".checksum")
+
+
+def _checksum(file: Path) -> str:
+    return blake2b(file.read_bytes(), digest_size=16).hexdigest()

@@ -250,3 +250,12 @@ def test_rendered_problems_keep_their_numbers_where_long_ones_are_dropped(tmp_pa
     assert "1 of 3 prompts are longer than" in caplog.text
     with pytest.raises(DataError, match="all 3 prompts are longer"):
         RenderedProblems(dataset, template=template, max_prompt_length=2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 9])
+def test_visited_are_the_items_that_so_many_steps_of_all_ranks_take(steps):
+    def loader(rank=0):
+        return Loader(list(range(11)), items_per_step=3, seed=5, rank=rank, world_size=2)
+
+    taken = {item for rank in (0, 1) for own in [loader(rank)] for _ in range(steps) for item in own.take()}
+    assert loader().visited(steps) == sorted(taken)

@@ -10,7 +10,7 @@ import torch
 from kitae.algos import losses
 from kitae.config import ModelSettings, OptimSettings
 from kitae.data.collate import collate
-from kitae.errors import ConfigError
+from kitae.errors import CheckpointError, ConfigError
 from kitae.models.load import load_policy
 from kitae.parallel.world import World
 from kitae.recipes import grpo, sft, simpo
@@ -110,6 +110,9 @@ def test_a_name_without_a_function_and_a_missing_file_are_refused(tmp_path):
         ("return out.logprobs_N.detach().sum(), {}", "without a gradient"),
         ("return out.logprobs_N.sum(), {'x': weights_N}", "as metric 'x'"),
         ("return out.logprobs_N.sum(), None", "returned a tuple of 2"),
+        ("return out.logprobs_N.sum(), {'loss': weights_N.sum()}", "a metric 'loss', a name the learner has"),
+        ("return torch.cat((out.logprobs_N, 3)).sum(), {}", r"failed at .*own.py:2: NameError"),
+        ("return out.logprobs_N.view(-1, 5).sum(), {}", r"failed at .*own.py:2: RuntimeError"),
         ("return out.nothing.sum(), {}", r"failed at .*own.py:2: AttributeError"),
         ("return out.logprobs_N.mean(), {}", "is not a sum"),
         ("return (out.logprobs_N * weights_N).sum() / weights_N.sum(), {}", "is not a sum"),
@@ -221,6 +224,24 @@ def test_the_recipes_own_loss_as_the_users_gives_the_same_run(tiny, tmp_path):
         assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
         assert other["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
         assert other["train/tokens"] == pytest.approx(1.0)
+
+
+def test_a_run_is_not_resumed_with_another_text_of_the_loss(tiny, tmp_path):
+    own = tmp_path / "own.py"
+    text = "def nll(out, weights_N):\n    return -(out.logprobs_N * weights_N).sum(), {}\n"
+    failing = text.replace(
+        "    return", "    calls.append(1)\n    assert len(calls) < 5, 'enough'\n    return"
+    )
+    own.write_text("calls = []\n" + failing)
+    cfg = settings("sft", tmp_path, tiny("qwen3"), loss=f"{own}:nll", save={"steps": 1})
+    with pytest.raises(ConfigError, match="AssertionError: enough"):
+        run_recipe("sft", cfg.model_copy(update={"train": cfg.train.model_copy(update={"max_steps": 9})}))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()), "nothing was saved"
+    own.write_text(text)
+    resumed = cfg.model_copy(update={"resume": True, "train": cfg.train.model_copy(update={"max_steps": 9})})
+    with pytest.raises(CheckpointError, match=r"loss \w+ -> \w+"):
+        run_recipe("sft", resumed)
+    run_recipe("sft", resumed.model_copy(update={"allow_inexact": True}))
 
 
 def test_settings_of_the_loss_that_was_replaced_are_refused(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kitae.algos.distillation import Divergence
-from kitae.errors import ConfigError, ModelError, PlanError
+from kitae.errors import ConfigError, DataError, ModelError, PlanError
 from kitae.models.toy import make_model, make_tokenizer
 from kitae.recipes import _distill, distill
 from kitae.recipes._run import run_recipe
@@ -479,6 +479,26 @@ def test_a_completion_ends_before_the_first_token_its_teacher_does_not_have():
 def test_settings_that_cannot_be_meant_are_refused(over, told, given):
     with pytest.raises(ConfigError, match=told):
         resolve("distill", given(**over))
+
+
+def test_rows_without_completions_are_refused_where_completions_are_taken(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(_distill, "load_policy", None)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+1"}) + "\n" for i in range(3)))
+    with pytest.raises(DataError, match="nothing to teach"):
+        run(given(data={"train": [str(prompts)]}, distill={"on_policy_share": 0.5}))
+
+
+def test_a_store_over_more_tokens_than_the_student_has_is_refused(given, models, tmp_path, monkeypatch):
+    store = {**OFFLINE["distill"], "store": str(tmp_path / "store")}
+    run(given("first", distill=store, rollout=None, train={"max_steps": 1}))
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "num_columns": 113}))
+    monkeypatch.setattr(_distill, "load_policy", None)
+    with pytest.raises(
+        ConfigError, match="distributions over 113 tokens, and the student's vocabulary has 112"
+    ):
+        run(given("second", distill=store, rollout=None, train={"max_steps": 1}))
 
 
 def test_more_best_tokens_than_there_are_is_refused(given, monkeypatch):

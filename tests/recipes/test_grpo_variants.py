@@ -50,11 +50,12 @@ def run(tiny, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_a_refreshed_reference_is_the_policy_of_its_round(run, lora):
+@pytest.mark.parametrize(("lora", "quantization"), [(0, "none"), (4, "none"), (4, "nf4")])
+def test_a_refreshed_reference_is_the_policy_of_its_round(run, lora, quantization):
     """Two updates a round, refreshed every second round: the KL is 0 at steps 1 and 5, and only there."""
     lines, _, _ = run(
-        VARIED, lora={"rank": lora}, grpo={"kl_coef": 0.01, "ref_refresh_rounds": 2}, train={"max_steps": 6},
+        VARIED, lora={"rank": lora}, model={"quantization": quantization},
+        grpo={"kl_coef": 0.01, "ref_refresh_rounds": 2}, train={"max_steps": 6},
         rollout={"updates_per_round": 2},
     )  # fmt: skip
     kl = [line["train/kl"] for line in lines]

@@ -13,7 +13,7 @@ import torch
 import kitae
 from kitae.config import DataSettings, ModelSettings, RewardSettings
 from kitae.data.chat import Template
-from kitae.errors import ConfigError
+from kitae.errors import ConfigError, ModelError
 from kitae.models.critic import load_critic
 from kitae.models.load import load_tokenizer
 from kitae.models.save import save_policy
@@ -165,6 +165,11 @@ def test_a_language_model_is_no_reward(tiny):
     extra = {str(tiny()): 1.0}
     with pytest.raises(ConfigError, match=r"reward\.extra names"):
         open_rewards(RewardSettings(function="format", extra=extra), device="cpu")
+
+
+def test_a_folder_that_is_not_there_is_named_with_its_setting(tmp_path):
+    with pytest.raises(ModelError, match=r"reward\.extra: .*nowhere/rm"):
+        open_rewards(RewardSettings(function="format", extra={"./nowhere/rm": 1.0}, num_workers=1))
 
 
 def test_no_scores_of_no_completions(reward_model):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,6 @@ from kitae.config import LoraSettings, ModelSettings, OptimSettings
 from kitae.data.collate import collate
 from kitae.errors import CheckpointError, ConfigError, DataError
 from kitae.models.load import load_policy
-from kitae.models.toy import make_tokenizer
 from kitae.parallel.world import World
 from kitae.plugins import load
 from kitae.recipes._preference import AdapterOff, ReferenceCache, at_reference_point
@@ -379,6 +379,38 @@ def test_a_step_depends_on_pairs_per_step_only(recipe, tiny, tmp_path):
             assert {name: other[name] for name in known} == pytest.approx(known, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("recipe", ["dpo", "simpo", "orpo"])
+def test_the_token_limit_of_a_pass_never_parts_a_pair(recipe, tiny, tmp_path):
+    """Three of these rows fit into the 1,024 tokens of a CPU's pass, a pair and a half."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i}", "chosen": f"{i}" + "ab" * 140, "rejected": f"{i}" + "cd" * 140})
+            + "\n"
+            for i in range(6)
+        )
+    )
+    more = {"data": {"max_length": 400, "shuffle": False}, "optim": {"warmup_ratio": 0.0}}
+    one, four = (
+        run(
+            recipe,
+            tmp_path / f"{size}",
+            tiny("qwen3"),
+            path,
+            train={
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 4 // size,
+                "max_steps": 2,
+            },
+            **more,
+        )
+        for size in (1, 4)
+    )
+    for a, b in zip(one, four, strict=True):
+        for name in ("train/loss", "train/margin", "train/grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_held_out_pairs_are_judged_as_the_loss_judges(recipe, tiny, tmp_path):
     """Before the first step, the evaluation of some rows is what a step on the same rows reports."""
@@ -403,9 +435,10 @@ def test_held_out_pairs_are_judged_as_the_loss_judges(recipe, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_bad_rows_stop_the_run_before_any_weights_are_read(recipe, tmp_path):
-    """The model's folder has a tokenizer, and no weights that could be read."""
-    make_tokenizer().save_pretrained(tmp_path / "model")
+def test_bad_rows_stop_the_run_before_any_weights_are_read(recipe, tiny, tmp_path):
+    """The model's folder has no weights that could be read."""
+    shutil.copytree(tiny("qwen3"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n{"prompt": "q", "chosen": "a"}\n')
     with pytest.raises(DataError, match="2 of 2 rows cannot be used") as error:

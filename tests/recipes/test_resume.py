@@ -55,7 +55,9 @@ def settings_for(recipe, folder, model, data):
         "inference_batch_size": 8,
     }  # fmt: skip
     train = {"max_steps": 9, "num_threads": 1}
-    if recipe == "grpo":
+    if recipe == "grpo, native":
+        rollout["engine"] = "native"
+    if recipe in ("grpo", "grpo, native"):
         return {**common, "train": train, "rollout": rollout, "grpo": {"kl_coef": 0.01}}
     reward = data.with_name("reward.py")
     reward.write_text(  # a dead group for every other prompt
@@ -113,6 +115,12 @@ KILLS = {
         ["kitae.train.learner", "Learner", "optim_step", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 1],
     ],
+    "grpo, native": [
+        ["kitae.rollout.native", "_Round", "_decode", 2],
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.rollout.native", "_Round", "_enter", 2],
+        ["kitae.rollout.native", "NativeEngine", "sync", 1],
+    ],
     "grpo, variants": [
         ["kitae.recipes._prompts", "Prompts", "_replace", 2],
         ["kitae.train.learner", "Learner", "optim_step", 3],
@@ -129,7 +137,9 @@ KILLS = {
 
 
 @pytest.mark.parametrize("recipe", KILLS)
-def test_killed_at_a_step_in_a_window_and_in_a_round_equals_continuous(recipe, tiny, tmp_path):
+def test_killed_at_a_step_in_a_window_and_in_a_round_equals_continuous(recipe, tiny, tmp_path, request):
+    if "native" in recipe:
+        request.getfixturevalue("kernels")
     data, model = rows_for(tmp_path), tiny("qwen3")
     live(recipe, settings_for(recipe, tmp_path / "whole", model, data), [])
     expected = outcome(tmp_path / "whole")

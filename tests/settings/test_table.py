@@ -41,6 +41,8 @@ def test_every_alias_leads_to_a_setting_and_hides_none_of_ours(command):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_with_a_reason_to_warn_stop_no_run(recipe):
     given = {"model_name_or_path": "m", "dataset_name": "d"}
+    if recipe == "distill":
+        given["teacher.name_or_path"] = "t"
     warning = {name: True for name, alias in for_command(recipe).items() if alias.effect == "warns"}
     plain, _ = resolve(recipe, given, world_size=1)
     same, notes = resolve(recipe, given | warning, world_size=1)

@@ -1,0 +1,88 @@
+"""Which engine samples from a policy: the native one where it can run and is worth compiling, else the generic one.
+
+The choice depends on settings, model and machine, never on what lies in a cache: the same command gives the same numbers
+before and after its kernels were compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from kitae.errors import ConfigError
+from kitae.models.policy import Policy
+from kitae.rollout.build import BuildError, load_kernels
+from kitae.rollout.generic import GenericEngine
+from kitae.rollout.native import NativeEngine
+from kitae.rollout.packed import why_not_native
+
+log = logging.getLogger(__name__)
+
+LocalEngine = GenericEngine | NativeEngine
+"""An engine that holds the policy in this process."""
+SAVED_S = 3e-5
+"""What the native engine saves per token of the smallest model, in seconds; found on two CPU cores."""
+SAVED_S_PER_PARAMETER = 5e-11
+COMPILE_S = 15.0
+"""Saving less than this, compiling is not worth it."""
+
+
+class Chosen(NamedTuple):
+    """An engine, and what the settings call it."""
+
+    engine: LocalEngine
+    name: Literal["generic", "native"]
+
+
+def open_engine(
+    policy: Policy,
+    *,
+    wanted: Literal["auto", "generic", "native"],
+    setting: str,
+    expected_tokens: float,
+    stop_ids: Sequence[int],
+    decode: Callable[[list[int]], str],
+    max_rows: int,
+) -> Chosen:
+    """The engine for about this many sampled tokens; `setting` is the name of the user's setting that holds `wanted`."""
+    reason = None if wanted == "generic" else _why_not(policy, wanted=wanted, tokens=expected_tokens)
+    if wanted != "generic" and reason is None:
+        try:
+            kernels = load_kernels()
+        except BuildError as error:
+            reason = f"its kernels could not be compiled: {error}"
+        else:
+            log.info(
+                "rollouts: native engine, %d rows at a time, %d threads (%s in %s)",
+                max_rows,
+                torch.get_num_threads(),
+                policy.config.model_type,
+                str(policy.dtype).removeprefix("torch."),
+            )
+            native = NativeEngine(
+                policy, kernels=kernels, stop_ids=stop_ids, decode=decode, max_rows=max_rows
+            )
+            return Chosen(native, "native")
+    if wanted == "native":
+        raise ConfigError(
+            f"{setting} is native, but the native engine cannot sample from this model: {reason}; set it to auto or generic"
+        )
+    if reason is not None:
+        log.info("rollouts: not the native engine: %s", reason)
+    return Chosen(GenericEngine(policy, stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
+
+
+def _why_not(policy: Policy, *, wanted: str, tokens: float) -> str | None:
+    reason = why_not_native(policy)
+    if reason is None and wanted == "auto" and not pays(policy, tokens=tokens):
+        reason = f"compiling it takes longer than sampling {tokens:,.0f} tokens from a model of this size"
+    return reason
+
+
+def pays(policy: Policy, *, tokens: float) -> bool:
+    """Whether sampling this many tokens saves more time than compiling takes."""
+    parameters = sum(p.numel() for p in policy.parameters())
+    return tokens * (SAVED_S + SAVED_S_PER_PARAMETER * parameters) > COMPILE_S

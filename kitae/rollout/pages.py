@@ -1,0 +1,79 @@
+"""Keys and values of the rows in flight, in pages of 16 tokens that rows with the same prompt share.
+
+Per layer one tensor [pages, key heads, 2, 16 * head size], laid out as kernels/attention.h says. A page is free again
+when the last row that reads it is gone; the lowest free page is taken first, so memory follows what is in use.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from kitae.rollout.packed import PackedModel
+from kitae.rollout.structs import pointer
+
+PAGE = 16
+"""Tokens in a page."""
+FIRST_PAGES = 64
+
+
+class Pages:
+    """The pages of all layers; page numbers are the same in each."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+        self._shape = (model.key_heads, 2, PAGE * model.head_size)
+        self._layers: list[Tensor] = []
+        self._free: list[int] = []  # a heap
+        self._readers: list[int] = []
+        self._grow(FIRST_PAGES)
+
+    @property
+    def num_in_use(self) -> int:
+        return len(self._readers) - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """This many pages for one reader."""
+        if count > len(self._free):
+            total = len(self._readers)
+            self._grow(max(total + count - len(self._free), total * 3 // 2))
+        taken = [heapq.heappop(self._free) for _ in range(count)]
+        for page in taken:
+            self._readers[page] = 1
+        return taken
+
+    def share(self, pages: list[int], *, readers: int) -> None:
+        """Let so many more rows read these pages."""
+        for page in pages:
+            self._readers[page] += readers
+
+    def give_back(self, pages: list[int]) -> None:
+        """One reader of each is gone."""
+        for page in pages:
+            self._readers[page] -= 1
+            if self._readers[page] == 0:
+                heapq.heappush(self._free, page)
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """Copy page by page, in every layer."""
+        if source:
+            here, there = torch.tensor(source), torch.tensor(target)
+            for layer in self._layers:
+                layer[there] = layer[here]
+
+    def _grow(self, count: int) -> None:
+        """Have `count` pages; one layer after the other, so that few of them exist twice."""
+        old = len(self._readers)
+        for number in range(len(self._model.layers)):
+            layer = torch.empty((count, *self._shape), dtype=self._model.dtype)
+            if old:
+                layer[:old] = self._layers[number]
+                self._layers[number] = layer
+            else:
+                self._layers.append(layer)
+            self._model.layers[number].pages = pointer(layer)
+        self._readers += [0] * (count - old)
+        for page in range(old, count):
+            heapq.heappush(self._free, page)
