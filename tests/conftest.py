@@ -33,7 +33,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def kernels(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch):
-    """The native engine's kernels, compiled once into pytest's own cache; tests that need them are skipped without a compiler."""
+    """The native engine's kernels, compiled once into pytest's own cache; without a compiler the test is skipped."""
     from kitae.rollout.build import BuildError, load_kernels
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(pytestconfig.cache.mkdir("compiled")))

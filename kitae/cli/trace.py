@@ -16,6 +16,7 @@ from kitae.cli import _help
 from kitae.cli._open import warn_on_stderr
 from kitae.cli._output import write_json
 from kitae.errors import ConfigError, DataError
+from kitae.plugins import names_in
 from kitae.settings import resolve, settings_class
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kitae.types import Batch, Row
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+TRACED = ("sft", "grpo")
 SHOWN_TOKENS = 300
 """Tokens of a row that are listed one by one."""
 
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", default=None)
     own, rest = parser.parse_known_args(argv)
     recipe = own.recipe or _recipe_of(rest)
+    if recipe not in TRACED:
+        raise ConfigError(f"kitae trace follows rows of {' and '.join(TRACED)}, not of {recipe}; see --recipe")
     if _help.is_asked(argv):
         after = "Also: --row N (which data row, from 0), --recipe sft|grpo (default: by the file's tables), --json FILE."
         _help.show(settings_class(recipe), prog="kitae trace [run.toml] [--row N]", after=after)
@@ -62,13 +66,14 @@ def main(argv: list[str]) -> int:
 
 
 def _recipe_of(words: Sequence[str]) -> str:
-    """grpo where the settings file has tables that only grpo has."""
+    """The recipe whose own table the settings file has; grpo where it only has tables of sampling, else sft."""
     files = [Path(word) for word in words if word.endswith(".toml") and Path(word).is_file()]
     try:
         tables = tomllib.loads(files[0].read_text(encoding="utf-8")) if files else {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
         return "sft"  # resolve reads the file again, and says what is wrong with it
-    return "grpo" if {"rollout", "reward", "grpo"} & set(tables) else "sft"
+    named = next((name for name in names_in("kitae.recipes") if name in tables), None)
+    return named or ("grpo" if {"rollout", "reward"} & set(tables) else "sft")
 
 
 class _Trace:

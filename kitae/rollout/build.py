@@ -79,7 +79,9 @@ def openmp_runtime() -> str:
         mapped = Path("/proc/self/maps").read_text()
     except OSError as error:
         raise BuildError("only Linux says which OpenMP runtime torch uses") from error
-    found = sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", mapped, re.MULTILINE)))
+    found: list[str] = sorted(
+        set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", mapped, re.MULTILINE))
+    )
     if len(found) != 1:
         raise BuildError(f"torch uses {len(found)} OpenMP runtimes, and the kernels need its only one")
     return found[0]

@@ -59,7 +59,7 @@ def open_engine(
                 "rollouts: native engine, %d rows at a time, %d threads (%s in %s)",
                 max_rows,
                 torch.get_num_threads(),
-                policy.config.model_type,
+                policy.causal_lm.config.model_type,
                 str(policy.dtype).removeprefix("torch."),
             )
             native = NativeEngine(

@@ -208,9 +208,7 @@ class _Round:
             self._forward(tokens, wanted, at=num_before)
             num_before += len(wanted)
 
-    def _share(
-        self, groups: list[list[Request]], prompts: list[list[int]], tables: list[list[int]]
-    ) -> None:
+    def _share(self, groups: list[list[Request]], prompts: list[list[int]], tables: list[list[int]]) -> None:
         """Every row reads its prompt's full pages; the last one, if it is not full, is copied for all but the first."""
         source: list[int] = []
         target: list[int] = []

@@ -29,7 +29,7 @@ POSITIONS = 1024
 
 def why_not_native(policy: Policy) -> str | None:
     """Why the kernels cannot run this policy, or None where they can."""
-    config = policy.config
+    config: Any = policy.config
     if policy.device.type != "cpu":
         return f"it runs on {policy.device.type}, and the kernels are for CPUs"
     if policy.dtype not in (torch.float32, torch.bfloat16):
@@ -86,9 +86,7 @@ class PackedModel:
         for number, (layer, block) in enumerate(zip(self.layers, policy.layers, strict=True)):
             attention: Any = block.self_attn
             mlp: Any = block.mlp
-            layer.qkv = self._matrix(
-                f"{number}.qkv", [attention.q_proj, attention.k_proj, attention.v_proj]
-            )
+            layer.qkv = self._matrix(f"{number}.qkv", [attention.q_proj, attention.k_proj, attention.v_proj])
             layer.out = self._matrix(f"{number}.out", [attention.o_proj])
             layer.gate_up = self._matrix(f"{number}.gate_up", [mlp.gate_proj, mlp.up_proj], interleave=True)
             layer.down = self._matrix(f"{number}.down", [mlp.down_proj])
@@ -207,9 +205,7 @@ def _interleaved(parts: Sequence[Tensor]) -> Tensor:
     """Gates and ups, half a block of each in turn, both with zeros up to whole halves."""
     half = BLOCK // 2
     padding = -len(parts[0]) % half
-    halves = [
-        F.pad(p, (0,) * (2 * p.dim() - 1) + (padding,)).view(-1, half, *p.shape[1:]) for p in parts
-    ]
+    halves = [F.pad(p, (0,) * (2 * p.dim() - 1) + (padding,)).view(-1, half, *p.shape[1:]) for p in parts]
     return torch.stack(halves, dim=1).flatten(0, 2)
 
 

@@ -45,9 +45,10 @@ def test_two_processes_at_once_compile_once(kernels, tmp_path: Path):
         f'case "$*" in *--version*) echo 1; exit 0;; esac\necho "$$" >> {calls}\nsleep 0.3\n'
         f'while [ "$1" != -o ]; do shift; done\ncp {kernels._name} "$2"'
     )
-    code = f"from kitae.rollout.build import load_kernels; from pathlib import Path; load_kernels(cache=Path({str(tmp_path)!r}))"
+    code = "import sys; from pathlib import Path; from kitae.rollout.build import load_kernels\n"
+    code += "load_kernels(cache=Path(sys.argv[1]))"
     env = os.environ | {"CXX": str(fake_compiler(tmp_path, script))}
-    both = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert len(calls.read_text().split()) == 2  # to compile and to link
 
@@ -55,8 +56,14 @@ def test_two_processes_at_once_compile_once(kernels, tmp_path: Path):
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ('case "$*" in *--version*) exit 0;; esac\necho "engine.cpp:1: error: no such thing" >&2; exit 1', "no such thing"),
-        ('case "$*" in *--version*) exit 0;; esac\nwhile [ "$1" != -o ]; do shift; done\necho x > "$2"', "cannot be loaded"),
+        (
+            'case "$*" in *--version*) exit 0;; esac\necho "engine.cpp:1: error: no such thing" >&2; exit 1',
+            "no such thing",
+        ),
+        (
+            'case "$*" in *--version*) exit 0;; esac\nwhile [ "$1" != -o ]; do shift; done\necho x > "$2"',
+            "cannot be loaded",
+        ),
     ],
     ids=["refuses", "makes nonsense"],
 )

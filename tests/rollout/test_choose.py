@@ -90,7 +90,9 @@ def test_what_the_kernels_cannot_run_is_generic_and_says_why(
         assert name_of(policy) == "generic"
     assert "rollouts: not the native engine: " in caplog.text
     assert reason in caplog.text
-    with pytest.raises(ConfigError, match=r"^rollout.engine is native, but .*set it to auto or generic$") as error:
+    with pytest.raises(
+        ConfigError, match=r"^rollout.engine is native, but .*set it to auto or generic$"
+    ) as error:
         name_of(policy, "native")
     assert reason in str(error.value)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,11 @@ def folder_of(root: Path, shape: str) -> Path:
     folder = root / shape.replace(" ", "-")
     torch.manual_seed(1)
     config = make_config(
-        sizes.pop("family"), vocab_size=VOCABULARY, initializer_range=0.15, max_position_embeddings=512, **sizes
+        sizes.pop("family"),
+        vocab_size=VOCABULARY,
+        initializer_range=0.15,
+        max_position_embeddings=512,
+        **sizes,
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -89,9 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def policy_of(folder: Path, *, dtype: str = "float32") -> Policy:
-    return load_policy(
-        ModelSettings(name_or_path=str(folder), dtype=dtype, device="cpu"), trainable=False
-    )
+    return load_policy(ModelSettings(name_or_path=str(folder), dtype=dtype, device="cpu"), trainable=False)
 
 
 def spell(ids: list[int]) -> str:
@@ -176,7 +177,9 @@ def test_log_probs_are_those_of_the_learner(
     root: Path, kernels: ctypes.CDLL, shape: str, sampling: SamplingSettings
 ):
     policy = policy_of(folder_of(root, shape))
-    groups = engine_of(policy, kernels, max_rows=9).generate(problems_of(EDGES), n=4, sampling=sampling, seed=1)
+    groups = engine_of(policy, kernels, max_rows=9).generate(
+        problems_of(EDGES), n=4, sampling=sampling, seed=1
+    )
     ratio_N = differences(policy, groups, temperature=sampling.temperature).exp()
     assert len(ratio_N) > 200
     assert (ratio_N - 1).abs().max().item() <= 1e-5
@@ -192,7 +195,9 @@ def test_in_bfloat16_log_probs_differ_from_the_learners_by_its_own_rounding(
     groups = engine_of(policy, kernels, max_rows=9).generate(
         problems_of(EDGES), n=4, sampling=SamplingSettings(max_new_tokens=30), seed=1
     )
-    exact = load_policy(ModelSettings(name_or_path=str(folder), dtype="float32", device="cpu"), trainable=False)
+    exact = load_policy(
+        ModelSettings(name_or_path=str(folder), dtype="float32", device="cpu"), trainable=False
+    )
     with torch.no_grad():
         for parameter in exact.parameters():
             parameter.copy_(parameter.bfloat16().float())
@@ -209,7 +214,9 @@ def test_sampling_follows_the_distribution(root: Path, kernels: ctypes.CDLL):
     groups = engine_of(policy, kernels, max_rows=512).generate(
         [problem], n=4000, sampling=SamplingSettings(temperature=1.5, max_new_tokens=1), seed=3
     )
-    (batch,) = collate([Row(token_ids=[*problem.token_ids, 5], loss_mask=[False] * 9 + [True])], rows_per_forward=1)
+    (batch,) = collate(
+        [Row(token_ids=[*problem.token_ids, 5], loss_mask=[False] * 9 + [True])], rows_per_forward=1
+    )
     with torch.no_grad():
         logits_NV = policy.logits(policy.predicting(batch))
     expected_V = (logits_NV[0] / 1.5).softmax(-1) * 4000
@@ -232,7 +239,8 @@ def test_a_completion_has_the_same_bits_in_any_company(root: Path, kernels: ctyp
         return [[(r.token_ids, r.logprobs) for r in group] for group in groups]
 
     alone = {
-        p.index: bits(engine_of(policy, kernels).generate([p], n=5, sampling=sampling, seed=7))[0] for p in problems
+        p.index: bits(engine_of(policy, kernels).generate([p], n=5, sampling=sampling, seed=7))[0]
+        for p in problems
     }
     numbers = random.Random(0)
     before = torch.get_num_threads()
@@ -241,7 +249,9 @@ def test_a_completion_has_the_same_bits_in_any_company(root: Path, kernels: ctyp
             some = numbers.sample(problems, numbers.randint(1, len(problems)))
             n, max_rows = numbers.randint(1, 5), numbers.choice([1, 2, 3, 7, 12, 40])
             torch.set_num_threads(numbers.choice([1, 2, 3]))
-            groups = engine_of(policy, kernels, max_rows=max_rows).generate(some, n=n, sampling=sampling, seed=7)
+            groups = engine_of(policy, kernels, max_rows=max_rows).generate(
+                some, n=n, sampling=sampling, seed=7
+            )
             assert bits(groups) == [alone[p.index][:n] for p in some]
     finally:
         torch.set_num_threads(before)
@@ -285,7 +295,9 @@ def test_sync_takes_the_present_weights(root: Path, kernels: ctypes.CDLL):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_adapters_are_merged_into_their_layers(root: Path, kernels: ctypes.CDLL, dtype: str, tolerance: float):
+def test_adapters_are_merged_into_their_layers(
+    root: Path, kernels: ctypes.CDLL, dtype: str, tolerance: float
+):
     policy = load_policy(
         ModelSettings(name_or_path=str(folder_of(root, "qwen3")), dtype=dtype, device="cpu"),
         lora=LoraSettings(rank=4, alpha=8),
@@ -331,7 +343,9 @@ def test_streamed_tokens_are_those_returned(root: Path, kernels: ctypes.CDLL):
     assert tokens(groups) == tokens(quiet)
 
 
-def test_pages_come_back_and_prompts_share_them(root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch):
+def test_pages_come_back_and_prompts_share_them(
+    root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+):
     from kitae.rollout import native
 
     most, made = 0, []
@@ -374,7 +388,8 @@ def test_prompts_that_do_not_fit_the_context_are_refused(root: Path, kernels: ct
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_broken_weights_stop_the_run(root: Path, kernels: ctypes.CDLL, value: float):
     policy = load_policy(
-        ModelSettings(name_or_path=str(folder_of(root, "llama")), dtype="float32", device="cpu"), trainable=False
+        ModelSettings(name_or_path=str(folder_of(root, "llama")), dtype="float32", device="cpu"),
+        trainable=False,
     )
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight[7:9] = value
