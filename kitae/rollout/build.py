@@ -82,9 +82,10 @@ def openmp_runtime() -> str:
     found: list[str] = sorted(
         set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", mapped, re.MULTILINE))
     )
-    if len(found) != 1:
-        raise BuildError(f"torch uses {len(found)} OpenMP runtimes, and the kernels need its only one")
-    return found[0]
+    own = [path for path in found if f"{Path(torch.__file__).parent}" in path]  # torch/lib or torch.libs
+    if len(own or found) != 1:
+        raise BuildError(f"{len(own or found)} OpenMP runtimes are loaded, and the kernels need torch's")
+    return (own or found)[0]
 
 
 def fingerprint(compiler: str, runtime: str) -> str:

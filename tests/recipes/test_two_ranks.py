@@ -73,11 +73,15 @@ GRPO_VARIANTS = {
         "--grpo.scale_by_std", "batch", "--rollout.curriculum", "pass_rate", "--rollout.refill", "1",
     ],
     "refreshed adapter": ["--grpo.kl_coef", "0.1", "--grpo.ref_refresh_rounds", "1", "--lora.rank", "4"],
+    "native": ["--rollout.engine", "native", "--eval.steps", "2"],
+    "native adapter": ["--rollout.engine", "native", "--lora.rank", "4"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", GRPO_VARIANTS)
-def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(variant, tiny, tmp_path):
+def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(variant, tiny, tmp_path, request):
+    if "native" in variant:
+        request.getfixturevalue("kernels")
     data = rows_for(tmp_path)
     common = [
         "grpo", "--model_name_or_path", str(tiny("qwen3")), "--data.train", str(data), "--max_steps", "3",
