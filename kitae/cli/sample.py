@@ -21,11 +21,13 @@ from kitae.cli._open import Opened, UseSettings, open_model, warn_on_stderr
 from kitae.cli._output import write_json
 from kitae.config import DataSettings, RewardSettings, require
 from kitae.errors import ConfigError, DataError, EndpointError, RunDirError, StoppedError
+from kitae.plugins import names_model
 from kitae.settings import read
 
 if TYPE_CHECKING:
     from kitae.data.sources import Dataset
     from kitae.evaluate.sample import Answer, Asked
+    from kitae.recipes._rewards import Rewards
     from kitae.rewards.pool import RewardPool
     from kitae.rollout.http import HttpEngine
     from kitae.types import Problem
@@ -83,7 +85,7 @@ class Settings(UseSettings):
     n: int = Field(4, ge=1)
     """Answers to each problem; more find a right one to harder problems, and cost as much more."""
     reward: str = "reasoning"
-    """What judges the answers: a built-in reward, or file.py:function."""
+    """What judges the answers: a built-in reward, file.py:function, or a reward model's folder."""
     form: Literal["answer_tags", "boxed"] = "answer_tags"
     """Form of the reasoning reward; boxed is what most teachers write."""
     strict_form: bool = True
@@ -91,7 +93,8 @@ class Settings(UseSettings):
     reward_timeout_s: float = Field(1.0, gt=0)
     """Limit for judging one answer, as reward.timeout_s of GRPO."""
     min_reward: float | None = None
-    """Keep answers that earn this or more; default: a right answer, 10 for the reasoning reward and 1 for any other."""
+    """Keep answers that earn this or more; default: a right answer, 10 for the reasoning reward and 1 for any other. A reward
+    model needs it said."""
     keep: int = Field(1, ge=1)
     """At most so many answers to one problem become rows."""
     choose: Literal["first", "shortest", "random"] = "first"
@@ -259,13 +262,14 @@ def require_sense(use: Settings) -> None:
         use.reward == "reasoning" or (use.form == "answer_tags" and use.strict_form),
         f"form and strict_form would have no effect: reward is {use.reward}; leave them out",
     )
+    require(
+        use.min_reward is not None or not names_model(use.reward),
+        f"reward is the model {use.reward}, whose scores have no fixed scale; say with --min_reward what is good enough",
+    )
 
 
 def _how(use: Settings) -> dict[str, Any]:
     """What the answers and their judgement depend on, besides teacher and data."""
-    from kitae.train.files import content_hash
-
-    code = Path(use.reward.rpartition(":")[0]).expanduser()
     return {
         "sampling": use.sampling().model_dump(),
         "n": use.n,
@@ -275,9 +279,22 @@ def _how(use: Settings) -> dict[str, Any]:
             "form": use.form,
             "strict_form": use.strict_form,
             "timeout_s": use.reward_timeout_s,
-            "code": content_hash(code) if code.suffix == ".py" and code.is_file() else None,
+            "code": _reward_hash(use.reward),
         },
     }
+
+
+def _reward_hash(name: str) -> str | None:
+    """Of the file a function is in, or of a reward model's weights."""
+    if names_model(name):
+        from kitae.models.files import find_model
+        from kitae.models.fingerprint import model_fingerprint
+
+        return model_fingerprint(find_model(name))
+    from kitae.train.files import content_hash
+
+    code = Path(name.rpartition(":")[0]).expanduser()
+    return content_hash(code) if code.suffix == ".py" and code.is_file() else None
 
 
 # files --------------------------------------------------------------------------------------------------------
@@ -539,10 +556,10 @@ def _extra(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-def _pool(use: Settings) -> RewardPool:
-    from kitae.rewards.pool import RewardPool
+def _pool(use: Settings) -> RewardPool | Rewards:
+    from kitae.recipes._rewards import open_rewards
 
-    return RewardPool(
+    return open_rewards(
         RewardSettings(
             function=use.reward,
             form=use.form,

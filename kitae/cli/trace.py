@@ -50,7 +50,9 @@ def main(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     recipe = own.recipe or _recipe_of(rest)
     if recipe not in TRACED:
-        raise ConfigError(f"kitae trace follows rows of {' and '.join(TRACED)}, not of {recipe}; see --recipe")
+        raise ConfigError(
+            f"kitae trace follows rows of {' and '.join(TRACED)}, not of {recipe}; see --recipe"
+        )
     if _help.is_asked(argv):
         after = "Also: --row N (which data row, from 0), --recipe sft|grpo (default: by the file's tables), --json FILE."
         _help.show(settings_class(recipe), prog="kitae trace [run.toml] [--row N]", after=after)

@@ -19,7 +19,7 @@ from kitae.evaluate.records import Record
 from kitae.evaluate.stats import pass_at_k
 from kitae.rewards import reasoning
 from kitae.rewards.math import final_answer, is_usable
-from kitae.rewards.pool import RewardPool
+from kitae.rewards.base import Rewarder
 from kitae.rollout.base import OnTokens, RolloutEngine
 from kitae.types import Problem, Rollout
 
@@ -28,7 +28,7 @@ def answer(
     engine: RolloutEngine,
     problems: Sequence[Problem],
     *,
-    pool: RewardPool,
+    pool: Rewarder,
     sampling: SamplingSettings,
     n: int = 1,
     seed: int = 0,
@@ -45,7 +45,7 @@ def answer(
         yield judge(groups, pool=pool)
 
 
-def judge(groups: Sequence[Sequence[Rollout]], *, pool: RewardPool) -> list[Record]:
+def judge(groups: Sequence[Sequence[Rollout]], *, pool: Rewarder) -> list[Record]:
     """A record per rollout: its answer and whether that is right, its form, and the pool's reward."""
     flat = [(number, rollout) for group in groups for number, rollout in enumerate(group)]
     found = [final_answer(rollout.text) for _, rollout in flat]

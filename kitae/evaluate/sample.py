@@ -24,7 +24,7 @@ import xxhash
 from kitae.config import DataSettings, SamplingSettings
 from kitae.data.formats import Example, Message, RowError, to_example
 from kitae.errors import DataError, LockedError
-from kitae.rewards.pool import RewardPool
+from kitae.rewards.base import Rewarder
 from kitae.rewards.reasoning import RIGHT_ANSWER
 from kitae.rollout.choose import LocalEngine
 from kitae.rollout.http import HttpEngine, RequestRefused
@@ -126,7 +126,7 @@ def ask_engine(
     n: int,
     sampling: SamplingSettings,
     seed: int,
-    pool: RewardPool,
+    pool: Rewarder,
     on_answers: OnAnswers,
     on_token: Callable[[], None],
     problems_at_once: int,
@@ -161,7 +161,7 @@ class _Groups:
         n: int,
         engine: LocalEngine,
         limit: int,
-        pool: RewardPool,
+        pool: Rewarder,
         on_answers: OnAnswers,
     ) -> None:
         self._problems, self._n, self._engine, self._limit = problems, n, engine, limit
@@ -212,7 +212,7 @@ def ask_endpoint(
     *,
     sampling: SamplingSettings,
     seed: int,
-    pool: RewardPool,
+    pool: Rewarder,
     on_answers: OnAnswers,
     skips_refused: bool,
 ) -> None:

@@ -64,7 +64,9 @@ def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] =
         if code in STOPPED or -code in asked:  # asked to stop: after saving, or while still starting
             return code if code >= 0 else 128 - code
         if nproc_per_node > 1:
-            print(f"kitae launch: rank {rank} of {nproc_per_node} failed first, {_how(code)}", file=sys.stderr)
+            print(
+                f"kitae launch: rank {rank} of {nproc_per_node} failed first, {_how(code)}", file=sys.stderr
+            )
         if rank:
             sys.stderr.write(logs[rank].read_bytes()[-SHOWN_BYTES:].decode(errors="replace"))
         return code if code >= 0 else 128 - code

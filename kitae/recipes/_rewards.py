@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,7 +60,7 @@ class Rewards:
 
     def __init__(self, parts: Sequence[Weighed], *, settings: RewardSettings) -> None:
         self.parts = list(parts)
-        self._settings = settings
+        self.settings = settings
         self._comparer: RewardPool | None = None
 
     def score(self, items: Items) -> list[Score]:
@@ -70,13 +70,17 @@ class Rewards:
         found = [part.reward.score(items) for part in self.parts]
         return [self._sum(scores) for scores in zip(*found, strict=True)]
 
+    def score_iter(self, items: Items) -> Iterator[Score]:
+        """The same, for callers that take scores one by one."""
+        return iter(self.score(items))
+
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Whether each answer is mathematically its gold answer, 1 or 0, as RewardPool.compare."""
         if not pairs:
             return []
         if self._comparer is None:
             pools = (part.reward for part in self.parts if isinstance(part.reward, RewardPool))
-            self._comparer = next(pools, None) or RewardPool(of_one(self._settings, "math"))
+            self._comparer = next(pools, None) or RewardPool(of_one(self.settings, "math"))
         return self._comparer.compare(pairs)
 
     def close(self) -> None:

@@ -235,7 +235,9 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
             f"reward.function is {cfg.reward.function}, and only the reasoning reward has a form",
         )
         yield from idle(
-            all(map(names_model, rewards)), "reward.on_error", "only functions raise, and the reward is a model"
+            all(map(names_model, rewards)),
+            "reward.on_error",
+            "only functions raise, and the reward is a model",
         )
 
 

@@ -233,6 +233,24 @@ def test_an_adapter_on_a_quantised_model_is_a_teacher_too(local, kitae, files, t
     assert code == 2 and "teacher.fingerprint" in err
 
 
+def test_a_reward_model_judges_where_its_folder_is_named(local, files, tiny):
+    from kitae.config import ModelSettings
+    from kitae.models.critic import load_critic
+    from kitae.models.save import save_policy
+
+    folder = files / "rm"
+    critic = load_critic(ModelSettings(name_or_path=str(tiny()), dtype="float32", device="cpu"))
+    save_policy(critic, folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).write_bytes((tiny() / file).read_bytes())
+    code, _, err = local(reward=folder)
+    assert code == 2 and "say with --min_reward what is good enough" in err
+    code, _, err = local(reward=folder, min_reward=-5)
+    assert code == 0, err
+    asked = lines(files / "rows.jsonl.asked.jsonl")
+    assert {row["reward"] for row in asked} == {0.0}  # a new head scores everything 0
+
+
 def test_a_rewards_reasons_are_shown_as_they_are(local, files):
     text = "from kitae.types import Score\ndef odd(completion, **columns):\n    return Score(1.0, '[/red] [bold]x')\n"
     (files / "odd.py").write_text(text)

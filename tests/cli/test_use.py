@@ -295,6 +295,8 @@ def test_trace_says_what_is_wrong_with_a_row(kitae, files, tiny):
 
 
 def test_trace_says_which_recipes_it_follows(kitae, files):
-    (files / "dpo.toml").write_text('[model]\nname_or_path = "m"\n[data]\ntrain = ["pairs.jsonl"]\n[dpo]\nbeta = 0.2\n')
+    (files / "dpo.toml").write_text(
+        '[model]\nname_or_path = "m"\n[data]\ntrain = ["pairs.jsonl"]\n[dpo]\nbeta = 0.2\n'
+    )
     code, _, err = kitae("trace", "dpo.toml")
     assert code == 2 and "kitae trace follows rows of sft and grpo, not of dpo" in err
