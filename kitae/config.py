@@ -308,8 +308,8 @@ class GroupRolloutSettings(RolloutSettings):
     """Tokens before max_new_tokens over which a completion's reward falls, in a straight line, by overlong_factor (DAPO);
     0 leaves rewards as they are."""
     overlong_factor: float = Field(1.0, gt=0)
-    """What a completion of max_new_tokens loses, in the unit of the reward: 1 is the worth of the right form in the reasoning
-    reward, 10 of a right answer."""
+    """What a completion of max_new_tokens loses, in the unit of the reward: 1 is what the right form earns in the
+    reasoning reward, 10 what a right answer does."""
 
 
 class RewardSettings(Section):

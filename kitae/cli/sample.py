@@ -93,8 +93,8 @@ class Settings(UseSettings):
     reward_timeout_s: float = Field(1.0, gt=0)
     """Limit for judging one answer, as reward.timeout_s of GRPO."""
     min_reward: float | None = None
-    """Keep answers that earn this or more; default: a right answer, 10 for the reasoning reward and 1 for any other. A reward
-    model needs it said."""
+    """Keep answers that earn this or more; default: a right answer, 10 for the reasoning reward and 1 for any other
+    function. A reward model needs it said."""
     keep: int = Field(1, ge=1)
     """At most so many answers to one problem become rows."""
     choose: Literal["first", "shortest", "random"] = "first"

@@ -18,8 +18,8 @@ from kitae.config import SamplingSettings
 from kitae.evaluate.records import Record
 from kitae.evaluate.stats import pass_at_k
 from kitae.rewards import reasoning
-from kitae.rewards.math import final_answer, is_usable
 from kitae.rewards.base import Rewarder
+from kitae.rewards.math import final_answer, is_usable
 from kitae.rollout.base import OnTokens, RolloutEngine
 from kitae.types import Problem, Rollout
 
