@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kitae import evaluate, train
+from kitae import evaluate, export, train
 
-__all__ = ["__version__", "evaluate", "generate", "train"]
+__all__ = ["__version__", "evaluate", "export", "generate", "train"]
 __version__ = "0.1.0"
 
 
@@ -44,6 +44,19 @@ class _Evaluate(ModuleType):
         return from_python({"model": model, "dataset_name": names, **settings})
 
 
+class _Export(ModuleType):
+    """The package kitae.export, which is also what one calls to write a model anew."""
+
+    def __call__(self, what: str, model: str | Path, output: str | Path, **settings: Any) -> dict[str, Any]:
+        """Write `output` as kitae export does: merge an adapter, fp8-to-bf16, or bf16-to-fp8.
+
+        Returns the report, with how many tensors changed or were converted.
+        """
+        from kitae.cli.export import from_python
+
+        return from_python(what, {"model": str(model), "output": str(output), **settings})
+
+
 def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[str]:
     """Complete prompts; the settings are those of `kitae generate`.
 
@@ -58,3 +71,4 @@ def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[
 # A function of these names would be shadowed by the packages once they are imported, so the packages are callable.
 train.__class__ = _Train
 evaluate.__class__ = _Evaluate
+export.__class__ = _Export

@@ -116,10 +116,11 @@ class DataSettings(Section):
 
 
 class PreferenceDataSettings(DataSettings):
-    """The same, for recipes that compare completions of one prompt."""
+    """Where rows come from and how they become text, for recipes that learn what is preferred."""
 
     max_prompt_length: int | None = Field(None, ge=1)
-    """Pairs with a longer prompt, in tokens, are dropped and counted; none drops only what max_length leaves nothing of."""
+    """Rows with a longer prompt, in tokens, are dropped and counted. none: only those whose prompt leaves no room for a
+    completion within max_length."""
 
 
 class OptimSettings(Section):
@@ -169,7 +170,7 @@ class TrainSettings(Section):
 
 
 class BatchTrainSettings(TrainSettings):
-    """The same, for recipes that take rows from a file."""
+    """How long to train, on how many rows at a time, and what makes a run repeatable."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
     """Most rows per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The result depends on rows
@@ -181,7 +182,7 @@ class BatchTrainSettings(TrainSettings):
 
 
 class PairTrainSettings(TrainSettings):
-    """The same, for recipes that take preference pairs from a file."""
+    """How long to train, on how many pairs at a time, and what makes a run repeatable."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
     """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The
@@ -282,8 +283,9 @@ class RolloutSettings(Section):
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
     engine: Literal["auto", "generic", "native"] = "auto"
-    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use; generic runs any
-    model through transformers; auto takes native where it can run and the run is long enough for the compiling to pay."""
+    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use, with a second copy
+    of the weights; generic runs any model through transformers; auto takes native where it can run and the run is long
+    enough for the compiling to pay."""
     updates_per_round: int = Field(1, ge=1)
     """Optimizer steps each pass over a round's rollouts is cut into."""
     epochs_per_round: int = Field(1, ge=1)
@@ -296,7 +298,7 @@ class RolloutSettings(Section):
 
 
 class GroupRolloutSettings(RolloutSettings):
-    """The same, for GRPO, whose groups of completions can be dead: all rewards equal, nothing to learn."""
+    """One sampling phase of GRPO (a round). A group of completions whose rewards are all equal is dead: it teaches nothing."""
 
     refill: int = Field(0, ge=0, le=100)
     """Replace dead groups by groups of other prompts, in at most this many further sampling passes a round (DAPO's dynamic

@@ -117,10 +117,10 @@ class Seen:
         return isinstance(inside, Mapping) and field in inside
 
     def did_not_rise(self, name: str) -> bool:
-        """Whether the last 5 values are no better than the first 10, by more than a tenth of their spread. Unknown: true."""
+        """Whether the last 5 values are no better than the first 10, by more than a tenth of their spread; false where that is unknown."""
         before, now = self.first(name, 10), self.last(name, 5)
         if before is None or now is None:
-            return True
+            return False
         return now <= before + 0.1 * math.sqrt(pvariance(self._series[name].first[:10])) + 1e-9
 
 
@@ -195,7 +195,7 @@ def _kl_rising(seen: Seen) -> Finding | None:
     floor = 1.0 if name == "rollout/kl" or seen.recipe == "kto" else 0.02
     if now < 10 * max(start, floor):
         return None
-    text = f"{name} is {now:.3g}, more than ten times the {max(start, floor):.3g} near its start"
+    text = f"{name} is {now:.3g}, more than ten times the {start:.3g} near its start"
     return Finding(now, f"{text}: the policy is far from the reference model")
 
 

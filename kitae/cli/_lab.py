@@ -267,7 +267,7 @@ class Disagreement:
     opposite: float
     """Share of the cases that one puts above its own mean and the other below."""
     worst: list[tuple[Case, float, float]]
-    """The cases whose ranks are farthest apart, with both scores."""
+    """The cases whose ranks are farthest apart, with both scores; none where one of them gives everyone the same."""
 
 
 def disagreement(first: Measured, second: Measured, cases: Sequence[Case], *, top: int) -> Disagreement:
@@ -280,7 +280,7 @@ def disagreement(first: Measured, second: Measured, cases: Sequence[Case], *, to
     rank_a, rank_b = ranks(a), ranks(b)
     has_spread = len(pairs) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
     apart = np.abs(rank_a - rank_b)
-    order = [int(i) for i in np.argsort(-apart, kind="stable")[:top] if apart[i] > 0]
+    order = [int(i) for i in np.argsort(-apart, kind="stable")[:top] if apart[i] > 0] if has_spread else []
     return Disagreement(
         first=first.name,
         second=second.name,

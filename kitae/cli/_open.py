@@ -125,7 +125,7 @@ def open_model(
         policy,
         wanted=use.engine,
         setting="engine",
-        expected_tokens=use.max_new_tokens,  # of one completion at least
+        expected_tokens=use.batch_size * use.max_new_tokens,
         stop_ids=template.stop_ids,
         decode=template.decode,
         max_rows=use.batch_size,

@@ -666,7 +666,8 @@ def _show(use: Settings, summary: dict[str, Any]) -> None:
     for name, value in rows:
         table.add_row(Text(name), value)  # a reason is a user's text, not markup
     Console().print(table)
-    print(f"teach them: kitae train sft --model_name_or_path STUDENT --dataset_name {use.output}")
+    if summary["kept"]:
+        print(f"teach them: kitae train sft --model_name_or_path STUDENT --dataset_name {use.output}")
 
 
 def _why_none(summary: dict[str, Any]) -> str:

@@ -129,9 +129,9 @@ def has_tags(text: str) -> bool:
 def _read(record: dict[str, Any]) -> tuple[list[Message], Any, bool]:
     """Turns, the answer column, and whether the last turn is a worked solution."""
     if "chosen" in record and "rejected" in record:
-        raise RowError("a preference row: SFT and GRPO have no use for chosen and rejected")
+        raise RowError("a preference row: chosen and rejected are for dpo, simpo, orpo, kto and reward_model")
     if isinstance(record.get("label"), bool) and "completion" in record:
-        raise RowError("a preference row: SFT and GRPO have no use for a true/false label", field="label")
+        raise RowError("a preference row: a completion with a true/false label is for kto", field="label")
     for name in ("messages", "conversations", "conversation"):
         if name in record:
             turns = turns_of(record[name], name)

@@ -34,6 +34,8 @@ from kitae.types import Problem, Rollout, Score
 Place = tuple[int, int]
 """A problem's index and the answer's number among those to it, from 0."""
 OnAnswers = Callable[[list["Answer"]], None]
+MAX_VALUES = 4
+"""So many different rewards are counted one by one."""
 
 
 class Answer(TypedDict):
@@ -351,7 +353,7 @@ def select(
 def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[str, Any]]:
     """The answers of each problem in order of their numbers, and the totals."""
     entries: dict[int, list[_Entry]] = defaultdict(list)
-    reasons: Counter[str] = Counter()
+    reasons: Counter[str | float] = Counter()
     dropped: Counter[str] = Counter()
     tokens = right = 0
     seen: set[Place] = set()
@@ -388,17 +390,27 @@ def _index(asked: Path, *, by: Filter) -> tuple[dict[int, list[_Entry]], dict[st
         "right_share": right / answers if answers else 0.0,
         "solved": sum(any(entry.is_right for entry in own) for own in entries.values()),
         "tokens": tokens,
-        "reasons": dict(reasons.most_common()),
+        "reasons": dict(_merged(reasons).most_common()),
         "dropped": dropped,
     }
 
 
-def _kind(answer: Answer) -> str:
-    """A reason without the particulars of its answer: "wrong: 5, expected 6" -> "wrong"."""
+def _kind(answer: Answer) -> str | float:
+    """A reason without the particulars of its answer: "wrong: 5, expected 6" -> "wrong"; without one, the reward."""
+    named = answer["reason"].partition(":")[0].strip()[:60]
     if answer["reward"] is None:
-        return f"could not be scored: {answer['reason'].partition(':')[0][:60]}"
-    named = answer["reason"].partition(":")[0].strip()
-    return named[:60] or f"reward {answer['reward']:g}"
+        return f"could not be scored: {named}".removesuffix(": could not be scored")
+    return named or answer["reward"]
+
+
+def _merged(kinds: Mapping[str | float, int]) -> Counter[str]:
+    """Rewards without a reason by name: each where they are few, else together, since a graded one has no end of them."""
+    values = [kind for kind in kinds if not isinstance(kind, str)]
+    together = f"rewards from {min(values):.4g} to {max(values):.4g}" if len(values) > MAX_VALUES else None
+    found: Counter[str] = Counter()
+    for kind, count in kinds.items():
+        found[kind if isinstance(kind, str) else together or f"reward {kind:g}"] += count
+    return found
 
 
 def _ordered(group: Sequence[_Entry], *, by: Filter, dropped: Counter[str]) -> list[_Entry]:

@@ -46,6 +46,7 @@ def load_kernels(*, cache: Path | None = None) -> ctypes.CDLL:
             fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds the file
             if (loaded := _load(file)) is not None:
                 return loaded
+            log.info("compiling the rollout kernels with %s, once for this machine", compiler)
             began = time.perf_counter()
             compile_kernels(file, compiler=compiler, runtime=runtime)
             _checksum_file(file).write_text(_checksum(file))

@@ -248,7 +248,8 @@ class HttpEngine:
                 raise EndpointError(f"{self.url} asks to be left alone for {asked_s:.0f} s ({reason})")
             backoff_s = min(self.endpoint.retry_wait_s * 2 ** (attempt - 1), LONGEST_BACKOFF_S)
             wait_s = max(backoff_s * self._jitter.uniform(0.5, 1.5), asked_s or 0.0)
-            self._tell(f"{which}: {reason}; attempt {attempt} of {attempts}, the next in {wait_s:.1f} s")
+            following = f", the next in {wait_s:.1f} s" if attempt < attempts else ""
+            self._tell(f"{which}: {reason}; attempt {attempt} of {attempts}{following}")
             if asked_s is not None:
                 self._not_before = max(self._not_before, time.monotonic() + asked_s)
             if attempt < attempts:

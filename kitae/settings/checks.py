@@ -211,6 +211,10 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
             yield from idle(condition, names, reason)
     if recipe in PREFERENCE:
         yield from idle(True, "data.target", f"{recipe} takes completions as they are written")
+        numbers = [name for name in type(getattr(cfg, recipe)).model_fields if name != "reference"]
+        yield from idle(
+            bool(cfg.loss), " ".join(f"{recipe}.{n}" for n in numbers), "the loss is your own (loss)"
+        )
     if recipe == "dpo":
         yield from idle(
             cfg.dpo.loss_type == "ipo",

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 OURS = (
     "run.json", "status.json", "exit.json", "final.json", "lock", *LOG_FILES, "metrics.jsonl", "events.jsonl",
-    "samples.jsonl", "difficulty.jsonl", "resources.jsonl", "tensorboard", "checkpoints", "wandb",
+    "samples.jsonl", "difficulty.jsonl", "reference.jsonl", "calibration.json", "resources.jsonl", "tensorboard", "checkpoints", "wandb",
 )  # fmt: skip
 SUPERVISORS = ("alive", "stdout.log", "stderr.log")
 """What a supervisor that starts the run may have put there before."""
@@ -158,7 +158,7 @@ def clear(folder: Path) -> None:
     """
     final = read_json(folder / "final.json") or {}
     remove(folder, [*final.get("files", []), *(name for name in OURS if name not in ("run.json", "lock"))])
-    remove(folder, [path.name for path in folder.glob(".tmp-*")])
+    remove(folder, [path.name for made in (".tmp-*", "nonfinite-rank*.json") for path in folder.glob(made)])
     remove(folder, ["run.json"])
 
 

@@ -31,7 +31,6 @@ WANDB_TIMEOUT_S = 60
 LATEST = (
     "train/learning_rate",
     "train/critic_learning_rate",
-    "train/epoch",
     "train/kl_coef",
     "rollout/temperature",
 )

@@ -258,6 +258,21 @@ def test_a_rewards_reasons_are_shown_as_they_are(local, files):
     assert code == 0 and "judged: [/red] [bold]x" in out, err
 
 
+def test_rewards_without_reasons_are_counted_one_by_one_only_where_they_are_few(local, files):
+    text = """def graded(completion, *, prompt, **columns):
+    return None if "0" in prompt else 1 + hash(completion) % 1000 / 1000
+
+
+def pass_or_fail(completion, **columns):
+    return float(len(completion) % 2)
+"""
+    (files / "own.py").write_text(text)
+    code, out, err = local(reward="own.py:graded", min_reward=0)
+    assert code == 0 and "judged: rewards from 1" in out and "could not be scored: could" not in out, err
+    code, out, err = local("--overwrite", reward="own.py:pass_or_fail", min_reward=0)
+    assert code == 0 and "judged: reward 0 " in out and "judged: reward 1 " in out, err
+
+
 def test_a_line_written_twice_counts_once(files):
     asked = answers_file(files, [[1, 0]])
     asked.write_text(asked.read_text() * 2)

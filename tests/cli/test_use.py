@@ -58,6 +58,16 @@ def test_generate_from_python_equals_the_command(kitae, files, tiny):
     )
 
 
+def test_the_native_engine_says_what_the_generic_one_does(kitae, files, tiny, kernels):
+    asked = ("generate", tiny("llama"), "2+2", "3+3", "--n", 2, "--max_new_tokens", 20, "--dtype", "float32")
+    said = {name: kitae(*asked, "--engine", name) for name in ("native", "generic", "auto")}
+    assert said["native"] == said["generic"] == said["auto"]
+    assert said["native"][0] == 0
+    code, _, complaint = kitae("generate", tiny("deepseek_v3"), "2+2", "--engine", "native")
+    assert code == 2
+    assert "engine is native, but the native engine cannot sample from this model" in complaint
+
+
 def test_prompts_come_from_a_file_too_and_none_is_an_error(kitae, files, tiny):
     (files / "prompts.txt").write_text("2+2\n\n3+3\n")
     code, out, _ = kitae(

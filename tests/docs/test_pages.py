@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kitae.cli import compare, evaluate, generate, reward, sample
+from kitae.cli import compare, evaluate, export, generate, reward, sample
 from kitae.cli._stages import read_pipeline
 from kitae.cli.chat import Settings as ChatSettings
 from kitae.cli.main import commands
@@ -88,6 +88,9 @@ def parse(words):
     if command == "reward":
         assert rest[0] in reward.VERBS
         return read("reward", reward.Settings, reward.as_flags(rest[1:]))
+    if command == "export":
+        assert rest[0] in export.VERBS
+        return export.parse(rest[0], rest[1:])
     root, positional = {
         "evaluate": (evaluate.Settings, ("model",)),
         "generate": (generate.Settings, ("model", "prompt")),
@@ -217,7 +220,14 @@ def test_every_metric_a_page_names_is_on_the_metrics_page(page):
 def test_every_flag_a_page_names_exists(page):
     flags = {flag for alias in TABLE for flag in alias.flags}
     ours = SETTINGS | {name.rpartition(".")[2] for name in SETTINGS}
-    for root in (evaluate.Settings, generate.Settings, reward.Settings, sample.Settings, ChatSettings):
+    for root in (
+        evaluate.Settings,
+        generate.Settings,
+        reward.Settings,
+        sample.Settings,
+        export.Settings,
+        ChatSettings,
+    ):
         ours |= set(root.model_fields)
     for text in in_backticks(page):
         for flag in re.findall(r"(?<!\S)--[A-Za-z][\w.\-]*", text):

@@ -142,6 +142,7 @@ HEALTHY = {
         100, train_explained_variance=lambda i: -0.5 + 0.1 * i if i < 10 else 0.5, rollout_kl=lambda i: 0.05 * i,
         rollout_reward=lambda i: 1 + 0.02 * i, rollout_reward_std=1.0, train_clip_fraction=0.12,
     ),
+    "distill": lines_of(100, rollout_completion_length=lambda i: 50 + 5 * i, train_divergence=lambda i: 1 / (i + 1)),
     "kto": lines_of(100, train_kl=lambda i: 0.05 * i, train_chosen_logprob=-1.0, train_rejected_logprob=-1.1),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kitae.errors import ConfigError, DataError, NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
+from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
 from kitae.types import Problem, Rollout, Row
@@ -274,6 +276,36 @@ def test_it_draws_the_tokens_the_generic_engine_draws(root: Path, kernels: ctype
         assert [[(r.finish_reason, r.text) for r in g] for g in ours] == [
             [(r.finish_reason, r.text) for r in g] for g in theirs
         ]
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="elsewhere the kernels are the portable ones anyway"
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_for_older_cpus_compute_the_same(
+    root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dtype: str
+):
+    older = [f if not f.startswith("-march") else "-march=x86-64-v2" for f in build.FLAGS]
+    monkeypatch.setattr(build, "FLAGS", older)
+    portable = build.load_kernels()
+    assert portable._name != kernels._name
+    for shape in ("qwen3", "qwen2 with biases", "odd sizes", "heads of 80, 5 on each key"):
+        policy = policy_of(folder_of(root, shape), dtype=dtype)
+        sampling = SamplingSettings(
+            max_new_tokens=1
+        )  # later tokens could differ where rounding tips a choice
+        found = [
+            engine_of(policy, k).generate(problems_of(EDGES), n=2, sampling=sampling, seed=4)
+            for k in (kernels, portable)
+        ]
+        ours, theirs = ([r.logprobs[0] for g in groups for r in g] for groups in found)
+        if dtype == "float32":
+            assert tokens(found[0]) == tokens(found[1])
+        first, second = ([r.token_ids for g in groups for r in g] for groups in found)
+        same = [a == b for a, b in zip(first, second, strict=True)]
+        assert sum(same) >= 0.7 * len(same)
+        gaps = [abs(a - b) for a, b, s in zip(ours, theirs, same, strict=True) if s]
+        assert max(gaps) <= (1e-5 if dtype == "float32" else 0.05)
 
 
 def test_sync_takes_the_present_weights(root: Path, kernels: ctypes.CDLL):

@@ -266,6 +266,20 @@ def test_one_of_our_settings_without_effect_is_refused(flags):
     assert "would have no effect" in refused("sft", [*NEEDED, *flags])
 
 
+@pytest.mark.parametrize(
+    "number", ["dpo.beta", "dpo.nll_coef", "simpo.gamma", "orpo.odds_coef", "kto.desirable_weight", "ppo.clip_low"]
+)
+def test_numbers_of_the_recipes_own_objective_are_refused_beside_a_loss_of_ones_own(number):
+    recipe = number.partition(".")[0]
+    message = refused(recipe, [*NEEDED, "--loss", "own.py:loss", f"--{number}", "0.3"])
+    assert f"{number} (--{number}) would have no effect: the" in message and "loss is your own" in message
+
+
+def test_where_the_reference_comes_from_stays_a_setting_beside_a_loss_of_ones_own():
+    cfg, _ = resolve("dpo", [*NEEDED, "--loss", "own.py:loss", "--dpo.reference", "cache"])
+    assert cfg.dpo.reference == "cache"
+
+
 def test_a_setting_at_its_default_may_always_be_written_down():
     cfg, _ = resolve("sft", [*NEEDED, "--lora.alpha", "16", "--optim.max_skipped", "5"])
     again, _ = resolve("sft", cfg.model_dump(mode="json"))

@@ -175,7 +175,11 @@ def test_overwrite_replaces_what_is_ours_and_leaves_the_rest(tmp_path: Path) -> 
     walk(folder, total=8)
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoints" / ".tmp-step_000009").mkdir()
+    made_by_recipes = ("difficulty.jsonl", "reference.jsonl", "calibration.json", "nonfinite-rank0.json")
+    for name in made_by_recipes:
+        (folder / name).write_text("of the earlier run")
     walk(folder, total=2, overwrite=True)
+    assert not any((folder / name).exists() for name in made_by_recipes)
     assert lines(folder) == [(1,), (2,)]
     assert steps_in(folder / "checkpoints") == [2]
     assert (folder / "notes.txt").read_text() == "mine"

@@ -1,7 +1,8 @@
 // Keys and values in pages, and attention of one token over them.
 //
-// Pages: [page][key head][ keys [head size][16] | values [16][head size] ], T. A page holds 16 tokens. Keys lie so that one
-// load takes the same dimension of 16 tokens, values so that it takes 16 dimensions of one token.
+// Pages: [page][key head][ keys [head size / q][16][q] | values [16][head size] ], T. A page holds 16 tokens; q is 1 for float
+// and 2 for bf16. Keys lie so that one load takes the same q dimensions of 16 tokens, values so that it takes 16 dimensions of
+// one token.
 #pragma once
 
 #include <cmath>
@@ -9,6 +10,7 @@
 
 #include "model.h"
 #include "norm.h"
+#include "product.h"
 #include "team.h"
 #include "vectors.h"
 
@@ -44,10 +46,43 @@ void place_keys(const Team& team, const Model& model, const Layer& layer, const 
         const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
         T* page = static_cast<T*>(layer.pages) + (table[position / PAGE] * heads + head) * 2 * PAGE * size;
         const int64_t place = position % PAGE;
-        for (int64_t d = 0; d < size; d++) narrow(page + d * PAGE + place, key[d]);
+        constexpr int64_t q = Packing<T>::q;
+        for (int64_t d = 0; d < size; d++) narrow(page + (d / q * PAGE + place) * q + d % q, key[d]);
         T* values = page + PAGE * size + place * size;
         for (int64_t d = 0; d < size; d += LANES) store(values + d, load(value + d));
     }
+}
+
+// scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys.
+template <int QUERIES>
+inline void score_page(const float* queries, int64_t size, const float* keys, f32x16 (&scores)[QUERIES]) {
+    f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
+    for (int64_t d = 0; d < size; d += 2) {
+        const f32x16 first = load(keys + d * PAGE), second = load(keys + (d + 1) * PAGE);
+#pragma GCC unroll 4
+        for (int r = 0; r < QUERIES; r++) {
+            even[r] += first * queries[r * size + d];
+            odd[r] += second * queries[r * size + d + 1];
+        }
+    }
+    for (int r = 0; r < QUERIES; r++) scores[r] = even[r] + odd[r];
+}
+
+template <int QUERIES>
+inline void score_page(const bf16* queries, int64_t size, const bf16* keys, f32x16 (&scores)[QUERIES]) {
+    f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
+    for (int64_t d = 0; d < size; d += 4) {
+        u32x16 keys_here[2];
+        std::memcpy(keys_here, keys + d * PAGE, sizeof keys_here);
+#pragma GCC unroll 4
+        for (int r = 0; r < QUERIES; r++) {
+            uint32_t pairs[2];
+            std::memcpy(pairs, queries + r * size + d, sizeof pairs);
+            even[r] = add_pairs(even[r], pairs[0], keys_here[0]);
+            odd[r] = add_pairs(odd[r], pairs[1], keys_here[1]);
+        }
+    }
+    for (int r = 0; r < QUERIES; r++) scores[r] = even[r] + odd[r];
 }
 
 // Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][size].
@@ -55,25 +90,16 @@ void place_keys(const Team& team, const Model& model, const Layer& layer, const 
 // QUERIES times the length, rounded up to pages.
 template <int QUERIES, class T>
 void attend_to_pages(
-    const float* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table,
-    float scale, float* scores, T* out) {
+    const T* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table, float scale,
+    float* scores, T* out) {
     const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
     for (int64_t p = 0; p < num_pages; p++) {
         const T* keys = pages + table[p] * stride;
         const char* next = reinterpret_cast<const char*>(pages + table[p + 1 < num_pages ? p + 1 : p] * stride);
-        f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
-        for (int64_t d = 0; d < size; d += 2) {
-            for (int64_t line = 0; line < int64_t(2 * PAGE * sizeof(T)); line += 64)
-                __builtin_prefetch(next + d * PAGE * int64_t(sizeof(T)) + line, 0, 3);
-            const f32x16 first = load(keys + d * PAGE), second = load(keys + (d + 1) * PAGE);
-#pragma GCC unroll 4
-            for (int r = 0; r < QUERIES; r++) {
-                even[r] += first * queries[r * size + d];
-                odd[r] += second * queries[r * size + d + 1];
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, (even[r] + odd[r]) * scale);
+        for (int64_t line = 0; line < PAGE * size * int64_t(sizeof(T)); line += 64) __builtin_prefetch(next + line, 0, 3);
+        f32x16 here[QUERIES];
+        score_page<QUERIES>(queries, size, keys, here);
+        for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);
     }
 
     float inverse_total[QUERIES];
@@ -128,6 +154,7 @@ void attend_to_pages(
 template <class T>
 void attend(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     static thread_local std::vector<float> scores;
+    static thread_local std::vector<T> queries;
     const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
     const int64_t stride = heads * 2 * PAGE * size;
     const Range work = team.share(heads * tokens.count);
@@ -135,7 +162,9 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         const int64_t head = piece / tokens.count, token = piece % tokens.count;
         const int64_t length = tokens.positions[token] + 1;
         const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
-        const float* queries = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
+        const float* rotated = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
+        queries.resize(size_t(shared * size));
+        for (int64_t d = 0; d < shared * size; d += LANES) store(queries.data() + d, load(rotated + d));
         const T* pages = static_cast<const T*>(layer.pages) + head * 2 * PAGE * size;
         T* out = static_cast<T*>(scratch.attended) + token * scratch.attended_stride + head * shared * size;
         const size_t room = size_t(4 * ((length + PAGE - 1) / PAGE) * PAGE);
@@ -144,7 +173,7 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         const auto some = [&](auto count) {
             constexpr int QUERIES = decltype(count)::value;
             attend_to_pages<QUERIES>(
-                queries + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
+                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
             r += QUERIES;
         };
         while (r + 4 <= shared) some(std::integral_constant<int, 4>{});

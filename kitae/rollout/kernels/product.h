@@ -35,6 +35,17 @@ template <> struct Packing<bf16> {
     static constexpr int q = 2, rows = BF16_ROWS;
 };
 
+// sum + x0 * w0 + x1 * w1, where `pair` is the bf16 numbers x0, x1 and each lane of `weights` its own w0, w1.
+inline __attribute__((always_inline)) f32x16 add_pairs(f32x16 sum, uint32_t pair, u32x16 weights) {
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)(pair - u32x16{}));
+#else
+    // A bf16 becomes a float when it is the upper half of one.
+    sum += (f32x16)((pair << 16) - u32x16{}) * (f32x16)(weights << 16);
+    return sum + (f32x16)((pair & 0xffff0000u) - u32x16{}) * (f32x16)(weights & 0xffff0000u);
+#endif
+}
+
 // Cache lines to fetch while a tile is computed: `lines` for each 256 bytes of weights, from `next` on.
 struct Prefetch {
     const char* next;
@@ -64,27 +75,14 @@ inline __attribute__((always_inline)) void add_products(
 template <int ROWS>
 inline __attribute__((always_inline)) void add_products(
     f32x16 (&sums)[ROWS][VECTORS], const bf16* x, int64_t stride, const bf16* w) {
-    u32x16 column[VECTORS];  // each lane two weights of one output column
+    u32x16 column[VECTORS];
     std::memcpy(column, w, sizeof column);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
         uint32_t pair;
         std::memcpy(&pair, x + r * stride, sizeof pair);
-#if defined(__AVX512BF16__)
-        const u32x16 input = pair - u32x16{};
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++)
-            sums[r][v] = (f32x16)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)column[v], (__m512bh)input);
-#else
-        // A bf16 becomes a float when it is the upper half of one.
-        const f32x16 first = (f32x16)((pair << 16) - u32x16{});
-        const f32x16 second = (f32x16)((pair & 0xffff0000u) - u32x16{});
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) {
-            sums[r][v] += first * (f32x16)(column[v] << 16);
-            sums[r][v] += second * (f32x16)(column[v] & 0xffff0000u);
-        }
-#endif
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pairs(sums[r][v], pair, column[v]);
     }
 }
 

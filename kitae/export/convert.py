@@ -1,0 +1,407 @@
+"""The three exports: FP8 to BF16, BF16 to FP8, and a LoRA adapter merged into its base.
+
+Each tensor of the source becomes one of the output, by rows: read -> float32 -> + scale B A -> BF16, or FP8 by blocks.
+What nothing happens to is copied byte by byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kitae.errors import ConfigError, ModelError, RunDirError
+from kitae.export import folders, fp8, shards
+from kitae.export.adapter import HEAD, Adapter, Change, read_adapter
+from kitae.export.shards import Item, Output, Pieces, Progress, Shard
+from kitae.export.weights import (
+    DTYPES,
+    FLOATS,
+    FP8,
+    SCALE_SUFFIX,
+    Weights,
+    open_weights,
+    read_bytes,
+    read_stored,
+)
+from kitae.models import files
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20
+"""Elements of a tensor that are worked on at a time: few enough for a core's cache."""
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+ScaleFormat = Literal["float32", "ue8m0"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What all exports have in common."""
+
+    output: Path
+    overwrite: bool = False
+    num_workers: int = 0
+    """Threads; 0 takes as many as there are cores."""
+
+    @property
+    def threads(self) -> int:
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.num_workers or own
+
+
+def fp8_to_bf16(model: str, how: How, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Write a block-scaled FP8 model as BF16; the report says how many tensors were converted."""
+    folder = _model_folder(model)
+    weights = open_weights(folder)
+    if not weights.scales:
+        raise ModelError(f"{folder} has no FP8 weights, so there is nothing to convert")
+    config = files.read_json(folder / "config.json")
+    config.pop("quantization_config", None)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
+    plan = _shards(weights, lambda name: _item(weights, name))
+    report = _export("fp8-to-bf16", weights, plan, config, how, progress=progress)
+    return {**report, "converted": len(weights.scales)}
+
+
+def bf16_to_fp8(
+    model: str, how: How, *, scale_format: ScaleFormat = "float32", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write a model's linears as block-scaled FP8, those that DeepSeek's releases have in FP8.
+
+    scale_format ue8m0 rounds each scale up to a power of two.
+    """
+    folder = _model_folder(model)
+    weights = open_weights(folder)
+    config = files.read_json(folder / "config.json")
+    _require_plain(weights, config)
+    chosen = _to_quantize(weights)
+    is_power = scale_format == "ue8m0"
+    config["quantization_config"] = _quantization(config, weights, chosen, power_of_two=is_power)
+    plan = _shards(weights, lambda name: _item(weights, name, to_fp8=name in chosen, power_of_two=is_power))
+    report = _export(
+        "bf16-to-fp8", weights, plan, config, how, options={"scale_format": scale_format}, progress=progress
+    )
+    return {**report, "converted": len(chosen)}
+
+
+def merge(
+    adapter: str,
+    how: How,
+    *,
+    base: str | None = None,
+    dtype: Literal["auto", "fp8"] = "auto",
+    scale_format: ScaleFormat = "float32",
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge a LoRA adapter into its base, or into `base`; the report says how many tensors changed.
+
+    dtype auto keeps each tensor's own, and makes BF16 of weights in FP8 or 4 bits. A base stored in 4 bits is refused
+    unless `dequantize`.
+    """
+    folder, adapter_folder = _base_and_adapter(adapter, base)
+    weights = open_weights(folder)
+    config = files.read_json(folder / "config.json")
+    _check_base(weights, config, dequantize=dequantize, to_fp8=dtype == "fp8")
+    shapes = {name: weights.shape(name) for name in weights.tensors}
+    embedding = next((n for n in shapes if n.endswith(EMBEDDINGS)), None)
+    is_tied = embedding is not None and (bool(config.get("tie_word_embeddings")) or HEAD not in shapes)
+    stores_head = HEAD in shapes
+    if is_tied and embedding is not None:
+        shapes.setdefault(HEAD, shapes[embedding])
+    found = read_adapter(adapter_folder, shapes)
+    if not found.is_trained:
+        raise ModelError(
+            f"{adapter_folder} changes nothing: all its B are zero, so merged it would equal the base; was it trained?"
+        )
+    keeps_tie = found.is_head_tied or not (HEAD in found.changes or embedding in found.changes)
+    if is_tied and not keeps_tie:
+        config["tie_word_embeddings"] = False
+        log.warning(
+            "the head had the embeddings' weights, and now gets its own: the adapter changed one of them"
+        )
+    untied = embedding if is_tied and not keeps_tie and not stores_head else None
+
+    was_fp8 = bool(weights.scales)
+    is_power = (
+        scale_format == "ue8m0" or (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
+    )
+    chosen = set(weights.scales) if was_fp8 else _to_quantize(weights) if dtype == "fp8" else set()
+    if dtype == "fp8" and not was_fp8:
+        config["quantization_config"] = _quantization(config, weights, chosen, power_of_two=is_power)
+    elif dtype != "fp8":
+        config.pop("quantization_config", None)
+        if was_fp8 or weights.packed:
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
+
+    def make(name: str, source: str | None = None) -> Item:
+        return _item(
+            weights,
+            name,
+            source=source,
+            change=found.changes.get(name),
+            to_fp8=dtype == "fp8" and name in chosen,
+            power_of_two=is_power,
+        )
+
+    plan = _shards(weights, make, head_from=untied)
+    report = _export(
+        "merge",
+        weights,
+        plan,
+        config,
+        how,
+        adapter=found,
+        options={"dtype": dtype, "scale_format": scale_format, "dequantize": dequantize},
+        progress=progress,
+    )
+    return {**report, "base": str(folder), "adapted": len(found.changes)}
+
+
+# what is there -------------------------------------------------------------------------------------------------
+
+
+def _model_folder(name: str) -> Path:
+    found = files.find_model(name)
+    if found.adapter is not None:
+        raise ModelError(f"{name} is an adapter; merge it first with kitae export merge {name} --output ...")
+    return found.folder
+
+
+def _base_and_adapter(adapter: str, base: str | None) -> tuple[Path, Path]:
+    folder = files.find_folder(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter} has no adapter_config.json, so there is no adapter to merge")
+    if base is None:
+        found = files.find_model(adapter)
+        return found.folder, folder
+    found = files.find_model(base)
+    if found.adapter is not None:
+        raise ModelError(f"--base {base} is an adapter itself; merge that one first, and name the result")
+    return found.folder, folder
+
+
+def _require_plain(weights: Weights, config: Mapping[str, Any]) -> None:
+    if weights.scales:
+        raise ModelError(f"{weights.folder} is in FP8 already")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ModelError(
+            f"{weights.folder} is stored as {method!r}; FP8 is made of full-precision weights, so take those"
+        )
+
+
+def _check_base(weights: Weights, config: Mapping[str, Any], *, dequantize: bool, to_fp8: bool) -> None:
+    folder = weights.folder
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if weights.packed:
+        if not dequantize:
+            raise ModelError(
+                f"the base {folder} is stored in 4 bits; name the full-precision model it was made of with --base, or "
+                "say --dequantize to merge into the rounded weights"
+            )
+        log.warning("merging into %s as dequantized from 4 bits: rounded weights, now in bfloat16", folder)
+        return
+    if dequantize:
+        raise ConfigError(f"--dequantize has no effect: {folder} is not stored in 4 bits; leave it out")
+    if method is not None and not (method == "fp8" and weights.scales):
+        raise ModelError(
+            f"the base {folder} is stored as {method!r}; name the full-precision model it was made of with --base"
+        )
+    if to_fp8 and weights.scales and weights.block != fp8.BLOCK:
+        raise ModelError(
+            f"{folder} has FP8 blocks of {weights.block[0]} x {weights.block[1]}, and kitae writes 128 x 128 only; "
+            "leave --dtype out for a BF16 model"
+        )
+
+
+def _to_quantize(weights: Weights) -> set[str]:
+    chosen = {
+        name
+        for name, stored in weights.tensors.items()
+        if (stored.dtype in FLOATS or name in weights.packed)
+        and fp8.is_converted(name, dims=len(weights.shape(name)))
+    }
+    if not chosen:
+        raise ModelError(
+            f"{weights.folder} has no linears of layers by names that end in _proj.weight, which are what becomes FP8"
+        )
+    return chosen
+
+
+def _quantization(
+    config: Mapping[str, Any], weights: Weights, chosen: set[str], *, power_of_two: bool
+) -> dict[str, Any]:
+    """quantization_config as in DeepSeek's releases; for other models with the linears that stay as they are."""
+    found: dict[str, Any] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    if power_of_two:
+        found["scale_fmt"] = "ue8m0"
+    found["weight_block_size"] = list(fp8.BLOCK)
+    if not str(config.get("model_type")).startswith("deepseek"):
+        others = {
+            n.removesuffix(".weight") for n in weights.tensors if n.endswith(".weight") and n not in chosen
+        }
+        plain = {
+            n for n in others if len(weights.shape(f"{n}.weight")) == 2 and not n.endswith("embed_tokens")
+        }
+        found["modules_to_not_convert"] = sorted(plain | {"lm_head"})
+    return found
+
+
+# tensor by tensor ----------------------------------------------------------------------------------------------
+
+
+def _shards(weights: Weights, make: Callable[..., Item], *, head_from: str | None = None) -> list[Shard]:
+    """The source's files with the tensors each gets; a head of its own goes where the embeddings are."""
+    found: dict[Path, list[Item]] = {path: [] for path in weights.files}
+    for name, stored in weights.tensors.items():
+        found[stored.file].append(make(name))
+    if head_from is not None:
+        found[weights.tensors[head_from].file].append(make(HEAD, head_from))
+    return [Shard(path.name, items) for path, items in found.items() if items]
+
+
+def _item(
+    weights: Weights,
+    name: str,
+    *,
+    source: str | None = None,
+    change: Change | None = None,
+    to_fp8: bool = False,
+    power_of_two: bool = False,
+) -> Item:
+    """How tensor `name` of the output is made of `source` (else the same name) of the model."""
+    source = source or name
+    stored, shape = weights.tensors[source], weights.shape(source)
+    is_fp8, is_packed = source in weights.scales, source in weights.packed
+    if change is not None and not (is_fp8 or is_packed or stored.dtype in FLOATS):
+        raise ModelError(
+            f"{weights.folder}: {source} is stored as {stored.dtype}, which no adapter can change"
+        )
+    if change is None and is_fp8 == to_fp8 and not is_packed and (is_fp8 or not to_fp8):
+        kept = [Output(name, stored.dtype, shape)]
+        parts = [stored]
+        if is_fp8:
+            parts.append(weights.scales[source])
+            kept.append(Output(name + SCALE_SUFFIX, parts[1].dtype, parts[1].shape))
+        return Item(kept, lambda: _copy(parts))
+    if not to_fp8:
+        kind = "BF16" if is_fp8 or is_packed else stored.dtype
+        return Item([Output(name, kind, shape)], lambda: _plain(weights, source, change, kind))
+    grid = fp8.Grid(rows=shape[0], columns=shape[1], block=fp8.BLOCK)
+    scale_kind = "F32"
+    if is_fp8 and power_of_two and weights.scales[source].dtype == "F8_E8M0":
+        scale_kind = "F8_E8M0"
+    outputs = [Output(name, FP8, shape), Output(name + SCALE_SUFFIX, scale_kind, grid.shape)]
+    return Item(outputs, lambda: _quantized(weights, source, change, DTYPES[scale_kind], power_of_two))
+
+
+def _copy(parts: list[Any]) -> Pieces:
+    for which, stored in enumerate(parts):
+        for start in range(0, stored.num_bytes, shards.READ_BYTES):
+            yield which, read_bytes(stored, start, min(shards.READ_BYTES, stored.num_bytes - start))
+    return False
+
+
+def _plain(weights: Weights, source: str, change: Change | None, kind: str) -> Pieces:
+    is_changed = False
+    for before, after in _values(weights, source, change):
+        out = after.to(DTYPES[kind])
+        is_changed |= before is not None and not torch.equal(out, before.to(DTYPES[kind]))
+        yield 0, shards.as_bytes(fp8.require_finite(out, name=source) if change else out)
+    return is_changed
+
+
+def _quantized(
+    weights: Weights, source: str, change: Change | None, scale_dtype: torch.dtype, power_of_two: bool
+) -> Pieces:
+    is_changed = False
+    for before, after in _values(weights, source, change):
+        small, scale = fp8.quantize_rows(fp8.require_finite(after, name=source), power_of_two=power_of_two)
+        is_changed |= before is not None and not torch.equal(after, before)
+        yield 0, shards.as_bytes(small)
+        yield 1, shards.as_bytes(scale.to(scale_dtype))
+    return is_changed
+
+
+def _values(weights: Weights, source: str, change: Change | None) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Rows in float32 as they are in the base (None where nothing changes them) and as they become."""
+    shape, rows = weights.shape(source), weights.open(source)
+    step = 1 if len(shape) == 3 else math.lcm(fp8.BLOCK[0], weights.block[0])
+    per_row = math.prod(shape[1:])
+    step *= max(1, CHUNK // max(1, step * per_row))
+    adders = [low.open(is_fused=len(shape) == 3) for low in change.low_rank] if change else []
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        x = rows(start, stop)
+        if change is None:
+            yield None, x
+            continue
+        before = x
+        if change.instead is not None:
+            x = fp8.require_finite(read_stored(change.instead, start, stop).float(), name=change.instead.name)
+        else:
+            x = x.clone()
+        for add in adders:
+            add(x, start)
+        for bias, scale in change.bias:
+            x.add_(read_stored(bias, start, stop).float(), alpha=scale)
+        yield before, x
+
+
+# the folder ----------------------------------------------------------------------------------------------------
+
+
+def _export(
+    command: str,
+    weights: Weights,
+    plan: list[Shard],
+    config: Mapping[str, Any],
+    how: How,
+    *,
+    adapter: Adapter | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    sources = [weights.folder] if adapter is None else [weights.folder, adapter.folder]
+    identity = {
+        "command": command,
+        "options": dict(options or {}),
+        "source": [folders.stamp(path) for path in weights.files],
+        "adapter": []
+        if adapter is None
+        else [folders.stamp(adapter.folder / n) for n in folders.ADAPTER_FILES],
+    }
+    with folders.prepare(how.output, sources, identity=identity, overwrite=how.overwrite) as folder:
+        entries = shards.write(
+            folder, plan, identity=identity, num_workers=how.threads, progress=progress or Progress()
+        )
+        changed = sum(entry["changed"] for entry in entries.values())
+        if adapter is not None and not changed:
+            folders.drop(folder)
+            raise ModelError(
+                f"no tensor changed: what the adapter {adapter.folder} adds is lost in the rounding of the base's "
+                "weights, so the merged model would equal the base; nothing was written"
+            )
+        folders.carry(folder, weights.folder, None if adapter is None else adapter.folder)
+        folders.write_index(folder, plan, has_index=len(weights.files) > 1)
+        folders.write_config(folder, config)
+        folders.publish(folder, how.output)
+    if not how.output.is_dir():
+        raise RunDirError(f"{how.output} vanished while it was written")
+    report = {
+        "command": command,
+        "model": str(sources[-1]),
+        "output": str(how.output),
+        "shards": len(plan),
+        "tensors": sum(len(shard.items) for shard in plan),
+        "bytes": sum(entry["bytes"] for entry in entries.values()),
+    }
+    return report if adapter is None else {**report, "changed": changed}
