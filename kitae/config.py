@@ -298,7 +298,7 @@ class RolloutSettings(Section):
 
 
 class GroupRolloutSettings(RolloutSettings):
-    """One sampling phase of GRPO (a round). A group of completions whose rewards are all equal is dead: it teaches nothing."""
+    """One sampling phase of GRPO (a round). A group of completions whose rewards are all equal is dead: nothing to learn."""
 
     refill: int = Field(0, ge=0, le=100)
     """Replace dead groups by groups of other prompts, in at most this many further sampling passes a round (DAPO's dynamic

@@ -117,7 +117,7 @@ class Seen:
         return isinstance(inside, Mapping) and field in inside
 
     def did_not_rise(self, name: str) -> bool:
-        """Whether the last 5 values are no better than the first 10, by more than a tenth of their spread; false where that is unknown."""
+        """Whether the last 5 values are at most a tenth of their spread above the first 10; false where that is unknown."""
         before, now = self.first(name, 10), self.last(name, 5)
         if before is None or now is None:
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -87,19 +87,20 @@ def pages() -> dict[str, str]:
 def settings_page() -> str:
     """Every setting of every recipe and command."""
     recipes = {name: settings_of(settings_class(name)) for name in names_in("kitae.recipes")}
-    sections: dict[str, str] = {"": "The run itself."}
+    sections: dict[str, dict[str, str]] = {"": dict.fromkeys(recipes, "The run itself.")}
     for name in recipes:
         for dotted, cls in sections_of(settings_class(name)).items():
-            sections.setdefault(dotted, (cls.__doc__ or "").strip())
+            sections.setdefault(dotted, {})[name] = (cls.__doc__ or "").strip()
     parts = [SETTINGS_HEAD, f"## kitae train {'|'.join(recipes)}\n"]
-    for section, doc in sections.items():
+    for section, docs in sections.items():
+        owners = {recipe: recipes[recipe] for recipe in docs}
         names = [
-            n for n in dict.fromkeys(n for known in recipes.values() for n in known) if _section(n) == section
+            n for n in dict.fromkeys(n for known in owners.values() for n in known) if _section(n) == section
         ]
-        owners = [recipe for recipe, known in recipes.items() if any(_section(n) == section for n in known)]
         only = "" if len(owners) == len(recipes) else f" ({', '.join(owners)} only)"
+        doc = " ".join(f"*{who}:* {text}" if who else text for text, who in _by_recipe(docs))
         parts.append(
-            f"### {section or 'top level'}{only}\n\n{doc}\n\n{_table(_recipe_row(n, recipes) for n in names)}"
+            f"### {section or 'top level'}{only}\n\n{doc}\n\n{_table(_recipe_row(n, owners) for n in names)}"
         )
     for command in COMMANDS:
         root: Any = load(command, package="kitae.cli", attribute="Settings")
@@ -131,21 +132,30 @@ def _section(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _recipe_row(name: str, recipes: Mapping[str, Mapping[str, Setting]]) -> tuple[str, str, str, str]:
-    """Name, type, default and text; where recipes differ in type or default, all of them."""
-    found = {recipe: known[name] for recipe, known in recipes.items() if name in known}
-    first = next(iter(found.values()))
-    defaults = {recipe: _default(setting) for recipe, setting in found.items()}
-    if len(set(defaults.values())) == 1:
-        default = defaults[next(iter(found))]
-    else:
-        default = ", ".join(f"{value} ({recipe})" for recipe, value in defaults.items())
-    only = (
-        ""
-        if len(found) == len(recipes) or _section(name) not in ("train",)
-        else f" ({', '.join(found)} only)"
+def _recipe_row(name: str, owners: Mapping[str, Mapping[str, Setting]]) -> tuple[str, str, str, str]:
+    """Name, type, default and text; where the recipes that have its section differ, what holds for which."""
+    found = {recipe: known[name] for recipe, known in owners.items() if name in known}
+
+    def texts(of: Callable[[Setting], str]) -> list[tuple[str, str]]:
+        return _by_recipe({recipe: of(setting) for recipe, setting in found.items()})
+
+    kind, default = (
+        ", ".join(f"{text} ({who})" if who else text for text, who in texts(of))
+        for of in (lambda setting: setting.type_text, _default)
     )
-    return name, first.type_text, default, first.doc + only
+    docs = texts(lambda setting: setting.doc)
+    doc = " ".join(f"*{who}:* {text}" if who else text for text, who in docs)
+    if len(docs) == 1 and len(found) < len(owners):
+        doc = f"*Only {', '.join(found)}:* {doc}"
+    return name, kind, default, doc
+
+
+def _by_recipe(texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each different text with the recipes it holds for, or the one text and nothing."""
+    who: dict[str, list[str]] = {}
+    for recipe, text in texts.items():
+        who.setdefault(text, []).append(recipe)
+    return [(text, ", ".join(recipes) if len(who) > 1 else "") for text, recipes in who.items()]
 
 
 def _default(setting: Setting) -> str:

@@ -74,8 +74,12 @@ def main(argv: list[str]) -> int:
         return 0
     use, notes = parse(verb, argv[1:])
     warn_on_stderr(notes.warnings)
-    with _shown(sys.stderr.isatty()) as progress:
-        report = _run(verb, use, progress)
+    try:
+        with _shown(sys.stderr.isatty()) as progress:
+            report = _run(verb, use, progress)
+    except KeyboardInterrupt:
+        print("kitae: what is done is kept; the same command goes on from there", file=sys.stderr)
+        raise
     print(text_of(report))
     if use.json_file:
         write_json(use.json_file, report)

@@ -110,6 +110,12 @@ def merge(
     weights = open_weights(folder)
     config = files.read_json(folder / "config.json")
     _check_base(weights, config, dequantize=dequantize, to_fp8=dtype == "fp8")
+    own_format = (config.get("quantization_config") or {}).get("scale_fmt", "float32")
+    if weights.scales and dtype == "fp8" and scale_format == "ue8m0" != own_format:
+        raise ConfigError(
+            f"scale_format is ue8m0, but the FP8 weights of {folder} that stay as they are have scales in {own_format}; "
+            "leave it out"
+        )
     shapes = {name: weights.shape(name) for name in weights.tensors}
     embedding = next((n for n in shapes if n.endswith(EMBEDDINGS)), None)
     is_tied = embedding is not None and (bool(config.get("tie_word_embeddings")) or HEAD not in shapes)
@@ -130,9 +136,7 @@ def merge(
     untied = embedding if is_tied and not keeps_tie and not stores_head else None
 
     was_fp8 = bool(weights.scales)
-    is_power = (
-        scale_format == "ue8m0" or (config.get("quantization_config") or {}).get("scale_fmt") == "ue8m0"
-    )
+    is_power = scale_format == "ue8m0" or own_format == "ue8m0"
     chosen = set(weights.scales) if was_fp8 else _to_quantize(weights) if dtype == "fp8" else set()
     if dtype == "fp8" and not was_fp8:
         config["quantization_config"] = _quantization(config, weights, chosen, power_of_two=is_power)

@@ -51,8 +51,7 @@ def prepare(
         is_taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     folder = partial_of(output)
     if is_taken:
-        manifest = read_json(output / MANIFEST) if output.is_dir() else None
-        if manifest is not None and manifest.get("identity") == json.loads(json.dumps(dict(identity))):
+        if _is_same(output, identity):
             folder = output
         elif not overwrite:
             raise RunDirError(f"--output {output} is not empty; choose another folder, or say --overwrite")
@@ -60,7 +59,7 @@ def prepare(
             raise RunDirError(
                 f"--output {output} is no model folder, so it is not overwritten; choose another"
             )
-    if overwrite and folder != output and folder.exists():
+    if overwrite and folder != output and folder.exists() and not _is_same(folder, identity):
         stopped = Lock(folder / "lock")
         drop(folder)
         stopped.release()
@@ -72,6 +71,12 @@ def prepare(
     finally:
         (folder / "lock").unlink(missing_ok=True)
         lock.release()
+
+
+def _is_same(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this export, whole or not."""
+    manifest = read_json(folder / MANIFEST) if folder.is_dir() else None
+    return manifest is not None and manifest.get("identity") == json.loads(json.dumps(dict(identity)))
 
 
 def carry(folder: Path, base: Path, adapter: Path | None) -> None:

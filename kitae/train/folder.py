@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 OURS = (
     "run.json", "status.json", "exit.json", "final.json", "lock", *LOG_FILES, "metrics.jsonl", "events.jsonl",
-    "samples.jsonl", "difficulty.jsonl", "reference.jsonl", "calibration.json", "resources.jsonl", "tensorboard", "checkpoints", "wandb",
+    "samples.jsonl", "difficulty.jsonl", "reference.jsonl", "calibration.json", "resources.jsonl", "tensorboard",
+    "checkpoints", "wandb",
 )  # fmt: skip
 SUPERVISORS = ("alive", "stdout.log", "stderr.log")
 """What a supervisor that starts the run may have put there before."""

@@ -117,6 +117,24 @@ def test_a_truncated_file_is_one_line(kitae, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_says_how_to_go_on(kitae, adapter, tmp_path, monkeypatch):
+    from kitae.export import convert
+
+    real, asked = convert.read_bytes, []
+
+    def read_bytes(*args):
+        asked.append(args)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(convert, "read_bytes", read_bytes)
+    code, _, err = kitae("export", "merge", adapter, "--output", tmp_path / "out", "--num_workers", 1)
+    assert code == 130 and "the same command goes on from there\nkitae: interrupted" in err
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "out.partial").glob(".tmp-*"))
+    assert kitae("export", "merge", adapter, "--output", tmp_path / "out", "--num_workers", 1)[0] == 0
+
+
 def test_help_and_completion_know_the_verbs(kitae):
     assert "export merge|fp8-to-bf16|bf16-to-fp8 MODEL --output DIR" in kitae("export")[1]
     assert "--scale_format" in kitae("export", "bf16-to-fp8", "--help")[1]

@@ -238,6 +238,8 @@ def test_merging_into_fp8_shards(dtype, tiny, tmp_path):
     base = tmp_path / "base"
     bf16_to_fp8(str(tiny("deepseek_v3", hidden_size=144)), How(output=base))
     adapter = kitae_adapter(base, tmp_path / "adapter", target_modules=["o_proj", "gate_proj", "up_proj"])
+    with pytest.raises(ConfigError, match="scale_format is ue8m0, but the FP8 weights"):
+        merge(str(adapter), How(output=tmp_path / "out"), dtype="fp8", scale_format="ue8m0")
     report = merge(str(adapter), How(output=tmp_path / "out"), dtype=dtype)
     before, found, lora = (tensors_of(f) for f in (base, tmp_path / "out", adapter))
     for name, tensor in before.items():

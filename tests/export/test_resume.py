@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ from tests.export.conftest import QUANTIZATION, random_fp8, write_model
 
 CODE = (
     "import sys; from pathlib import Path; from kitae.export import convert, shards\n"
-    "say = lambda _: print('.', flush=True)\n"
+    "import time; say = lambda _: (print('.', flush=True), time.sleep(0.01))\n"
     "convert.fp8_to_bf16(sys.argv[1], convert.How(output=Path(sys.argv[2]), num_workers=2),\n"
     "    progress=shards.Progress(say=say))"
 )
@@ -44,9 +47,9 @@ def test_killed_at_any_instant_the_same_command_goes_on_to_the_same_bytes(many_f
     fp8_to_bf16(str(many_files), How(output=tmp_path / "whole"))
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     chance, kills = random.Random(0), 0
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen([sys.executable, "-c", CODE, many_files, output], stdout=subprocess.PIPE)
-        for _ in range(chance.randint(1, 30)):
+        for _ in range(chance.randint(1, 20)):
             process.stdout.readline()
         time.sleep(chance.random() * 0.01)
         process.send_signal(signal.SIGKILL)
@@ -62,7 +65,48 @@ def test_killed_at_any_instant_the_same_command_goes_on_to_the_same_bytes(many_f
     assert not partial.exists()
 
 
-def stopped_after(count, many_files, output, monkeypatch):
+def killed_before_call(number, action):
+    """Run `action` in a forked process that dies, as by kill -9, at its call number so-and-so to the disk."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
+    left = itertools.count(number - 1, -1)
+
+    def deadly(real):
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "pwrite", "fsync", "rename", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+    try:
+        action()
+    finally:
+        os._exit(0)
+
+
+def test_killed_before_every_third_call_to_the_disk_it_goes_on_to_the_same_bytes(fp8_model, tmp_path):
+    fp8_to_bf16(str(fp8_model), How(output=tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    output = tmp_path / "out"
+    how = How(output=output, num_workers=1)
+    for number in itertools.count(1, 3):
+        was_killed = killed_before_call(number, lambda: fp8_to_bf16(str(fp8_model), how))
+        if output.exists():
+            assert contents(output).keys() - {"lock"} == whole.keys()
+        fp8_to_bf16(str(fp8_model), how)
+        assert contents(output) == whole, number
+        shutil.rmtree(output)
+        assert not (tmp_path / "out.partial").exists()
+        if not was_killed:
+            break
+    assert number > 40
+
+
+def stopped_after(count, many_files, output, monkeypatch, *, overwrite=False):
     """Let the disk fail while shard number `count` + 1 is renamed."""
     done = []
 
@@ -77,9 +121,8 @@ def stopped_after(count, many_files, output, monkeypatch):
     monkeypatch.setattr(shards.os, "rename", rename)
     monkeypatch.setattr(shards, "IN_FLIGHT", 1)
     with pytest.raises(RunDirError, match=r"disk full .* then give the same command again"):
-        fp8_to_bf16(str(many_files), How(output=output))
+        fp8_to_bf16(str(many_files), How(output=output, overwrite=overwrite))
     monkeypatch.undo()
-    return done
 
 
 def test_a_full_disk_half_way_leaves_nothing_under_the_final_name_and_is_gone_on_with(
@@ -125,8 +168,11 @@ def test_half_of_another_export_is_refused_until_it_is_to_be_overwritten(many_fi
     file.touch()  # the source was written anew
     with pytest.raises(RunDirError, match="holds half of another export"):
         fp8_to_bf16(str(many_files), How(output=output))
+    stopped_after(2, many_files, output, monkeypatch, overwrite=True)
+    inodes = {p.name: p.stat().st_ino for p in (tmp_path / "out.partial").glob("model-*.safetensors")}
     fp8_to_bf16(str(many_files), How(output=output, overwrite=True))
-    assert (output / "config.json").is_file()
+    assert len(inodes) == 2  # the same command with --overwrite goes on too
+    assert all((output / name).stat().st_ino == inode for name, inode in inodes.items())
 
 
 def test_what_is_there_is_replaced_only_when_told_and_only_if_it_is_a_model(many_files, tmp_path):

@@ -267,7 +267,8 @@ def test_one_of_our_settings_without_effect_is_refused(flags):
 
 
 @pytest.mark.parametrize(
-    "number", ["dpo.beta", "dpo.nll_coef", "simpo.gamma", "orpo.odds_coef", "kto.desirable_weight", "ppo.clip_low"]
+    "number",
+    ["dpo.beta", "dpo.nll_coef", "simpo.gamma", "orpo.odds_coef", "kto.desirable_weight", "ppo.clip_low"],
 )
 def test_numbers_of_the_recipes_own_objective_are_refused_beside_a_loss_of_ones_own(number):
     recipe = number.partition(".")[0]

@@ -53,11 +53,14 @@ void place_keys(const Team& team, const Model& model, const Layer& layer, const 
     }
 }
 
-// scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys.
+// scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys. The keys of the `next` page are fetched meanwhile.
 template <int QUERIES>
-inline void score_page(const float* queries, int64_t size, const float* keys, f32x16 (&scores)[QUERIES]) {
+inline void score_page(
+    const float* queries, int64_t size, const float* keys, const float* next, f32x16 (&scores)[QUERIES]) {
     f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
     for (int64_t d = 0; d < size; d += 2) {
+        __builtin_prefetch(next + d * PAGE, 0, 3);
+        __builtin_prefetch(next + (d + 1) * PAGE, 0, 3);
         const f32x16 first = load(keys + d * PAGE), second = load(keys + (d + 1) * PAGE);
 #pragma GCC unroll 4
         for (int r = 0; r < QUERIES; r++) {
@@ -69,9 +72,12 @@ inline void score_page(const float* queries, int64_t size, const float* keys, f3
 }
 
 template <int QUERIES>
-inline void score_page(const bf16* queries, int64_t size, const bf16* keys, f32x16 (&scores)[QUERIES]) {
+inline void score_page(
+    const bf16* queries, int64_t size, const bf16* keys, const bf16* next, f32x16 (&scores)[QUERIES]) {
     f32x16 even[QUERIES] = {}, odd[QUERIES] = {};
     for (int64_t d = 0; d < size; d += 4) {
+        __builtin_prefetch(next + d * PAGE, 0, 3);
+        __builtin_prefetch(next + (d + 2) * PAGE, 0, 3);
         u32x16 keys_here[2];
         std::memcpy(keys_here, keys + d * PAGE, sizeof keys_here);
 #pragma GCC unroll 4
@@ -95,10 +101,9 @@ void attend_to_pages(
     const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
     for (int64_t p = 0; p < num_pages; p++) {
         const T* keys = pages + table[p] * stride;
-        const char* next = reinterpret_cast<const char*>(pages + table[p + 1 < num_pages ? p + 1 : p] * stride);
-        for (int64_t line = 0; line < PAGE * size * int64_t(sizeof(T)); line += 64) __builtin_prefetch(next + line, 0, 3);
+        const T* next = pages + table[p + 1 < num_pages ? p + 1 : p] * stride;
         f32x16 here[QUERIES];
-        score_page<QUERIES>(queries, size, keys, here);
+        score_page<QUERIES>(queries, size, keys, next, here);
         for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);
     }
 
