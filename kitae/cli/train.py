@@ -1,4 +1,4 @@
-"""Train a model: kitae train sft|grpo [run.toml] [--flags]."""
+"""Train a model: kitae train sft|dpo|grpo|... [run.toml] [--flags]; kitae train --help lists all methods."""
 
 from __future__ import annotations
 
