@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ def shard(policy: Policy, world: World) -> None:
             fully_shard(policy.causal_lm.get_submodule(name), mesh=mesh, mp_policy=exact)
     for module in [*policy.layers, cast(nn.Module, policy)]:
         fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=whole)
+    # In the backward a module prefetches what ran before it. Before the first layer that is something of an earlier pass,
+    # and after sampling, where a rank may have no prompts, not the same on all ranks. It prefetches itself, so nothing.
+    for module in filter(_is_sharded, policy.layers[0].modules()):
+        module.set_modules_to_backward_prefetch([module])
     for module in _sharded_modules(policy):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
@@ -113,4 +117,8 @@ def full_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sharded_modules(policy: Policy) -> list[FSDPModule]:
-    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    return list(filter(_is_sharded, policy.modules()))
+
+
+def _is_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return isinstance(module, FSDPModule)

@@ -61,7 +61,10 @@ def load_kernels(*, cache: Path | None = None) -> ctypes.CDLL:
 def default_cache() -> Path:
     """Where compiled kernels lie: $XDG_CACHE_HOME/kitae/kernels, or ~/.cache/kitae/kernels."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kitae" / "kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "kitae" / "kernels"
+    except RuntimeError as error:
+        raise BuildError("there is no home folder to keep them in; set XDG_CACHE_HOME") from error
 
 
 def find_compiler() -> str:

@@ -26,7 +26,7 @@ LocalEngine = GenericEngine | NativeEngine
 SAVED_S = 1e-5
 """What the native engine saves per token of the smallest model, in seconds; found on two CPU cores."""
 SAVED_S_PER_PARAMETER = 2.5e-11
-COMPILE_S = 15.0
+COMPILE_S = 8.0
 """Saving less than this is not worth the compiling; expected tokens are an upper bound, and reached by half."""
 
 

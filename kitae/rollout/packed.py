@@ -61,7 +61,6 @@ class PackedModel:
         self.query_heads: int = config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
         self.head_size = _head_size(config)
-        self.intermediate_size: int = config.intermediate_size
         self.vocabulary: int = policy.causal_lm.get_output_embeddings().weight.shape[0]
         self.layers = (structs.Layer * len(policy.layers))()
         self._tensors: dict[str, Tensor] = {}

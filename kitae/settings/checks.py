@@ -116,6 +116,12 @@ def _contradictions_in_grpo(cfg: Any) -> Iterator[str]:
             f"grpo.dual_clip is {grpo.dual_clip:g}, which is not above 1 + grpo.clip_high = {1 + grpo.clip_high:g}; it "
             "bounds ratios that clip_high leaves alone, 3 is usual"
         )
+    judge = cfg.reward.function
+    if rollout.curriculum == "pass_rate" and (names_model(judge) or judge == "repetition"):
+        yield (
+            f"rollout.curriculum is pass_rate and reward.function {judge}, whose rewards do not say what is right; set the "
+            "first to none, or take a reward that earns 1 for a right answer"
+        )
     if rollout.overlong_buffer > rollout.max_new_tokens:
         yield (
             f"rollout.overlong_buffer is {rollout.overlong_buffer}, more than rollout.max_new_tokens "

@@ -113,3 +113,20 @@ def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(variant, tin
             for line in metrics_of(tmp_path / "one")
             if "rollout/reward" in line
         )
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
+def test_a_rank_without_prompts_keeps_step_with_the_others(recipe, tiny, tmp_path):
+    """It samples nothing, so FSDP has seen other layers run on it before the backward than on the rank beside it."""
+    (tmp_path / "own.py").write_text(
+        "def reward(completion, *, prompt, answer, **columns):\n    return float(sum(map(ord, completion)) % 7)\n"
+    )
+    common = [
+        recipe, "--model_name_or_path", str(tiny("llama")), "--data.train", str(rows_for(tmp_path)), "--max_steps", "3",
+        "--rollout.prompts_per_round", "1", "--rollout.num_generations", "3", "--rollout.max_new_tokens", "6",
+        "--reward.function", f"{tmp_path / 'own.py'}:reward", "--learning_rate", "1e-3", "--log.report_to", "none",
+        "--model.dtype", "float32", "--rollout.engine", "generic",
+    ]  # fmt: skip
+    train([*common, "--output_dir", str(tmp_path / "one")], ranks=1, home=tmp_path / "home")
+    train([*common, "--output_dir", str(tmp_path / "two")], ranks=2, home=tmp_path / "home")
+    assert_same(tmp_path / "one", tmp_path / "two")

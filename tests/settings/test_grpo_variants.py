@@ -18,6 +18,7 @@ BASE = {"model.name_or_path": "m", "data.train": "some/hub-name"}
         ({"grpo.advantage": "rloo", "grpo.scale_by_std": "none"}, r"grpo.scale_by_std.*rloo"),
         ({"grpo.ref_refresh_rounds": 4}, "there is no reference"),
         ({"rollout.overlong_factor": 2}, "rollout.overlong_buffer is 0"),
+        ({"rollout.curriculum": "pass_rate", "reward.function": "runs/rm"}, "do not say what is right"),
         ({"grpo.ratio": "sequence", "loss": "own.py:loss"}, "the loss is your own"),
         ({"grpo.scale_by_std": "false"}, "grpo.scale_by_std"),
     ],

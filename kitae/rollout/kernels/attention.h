@@ -35,8 +35,7 @@ inline void prepare_head(float* head, const float* norm, const Model& model, int
 template <class T>
 void place_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
-    const Range work = team.share(tokens.count * heads);
-    for (int64_t piece = work.begin; piece < work.end; piece++) {
+    const auto place = [&](int64_t piece) {
         const int64_t token = piece / heads, head = piece % heads, position = tokens.positions[token];
         float* queries = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
         float* key = scratch.qkv + token * scratch.qkv_stride + (model.query_heads + head) * size;
@@ -45,12 +44,15 @@ void place_keys(const Team& team, const Model& model, const Layer& layer, const 
         prepare_head(key, layer.key_norm, model, position);
         const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
         T* page = static_cast<T*>(layer.pages) + (table[position / PAGE] * heads + head) * 2 * PAGE * size;
-        const int64_t place = position % PAGE;
+        const int64_t row = position % PAGE;
         constexpr int64_t q = Packing<T>::q;
-        for (int64_t d = 0; d < size; d++) narrow(page + (d / q * PAGE + place) * q + d % q, key[d]);
-        T* values = page + PAGE * size + place * size;
+        for (int64_t d = 0; d < size; d++) narrow(page + (d / q * PAGE + row) * q + d % q, key[d]);
+        T* values = page + PAGE * size + row * size;
         for (int64_t d = 0; d < size; d += LANES) store(values + d, load(value + d));
-    }
+    };
+    team.share(tokens.count * heads, [&](Range work) {
+        for (int64_t piece = work.begin; piece < work.end; piece++) place(piece);
+    });
 }
 
 // scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys. The keys of the `next` page are fetched meanwhile.
@@ -158,12 +160,11 @@ void attend_to_pages(
 // Rows that share a prompt should be neighbours: its pages then come from the cache.
 template <class T>
 void attend(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
-    static thread_local std::vector<float> scores;
-    static thread_local std::vector<T> queries;
     const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
     const int64_t stride = heads * 2 * PAGE * size;
-    const Range work = team.share(heads * tokens.count);
-    for (int64_t piece = work.begin; piece < work.end; piece++) {
+    const auto attend_one = [&](int64_t piece) {
+        static thread_local std::vector<float> scores;
+        static thread_local std::vector<T> queries;
         const int64_t head = piece / tokens.count, token = piece % tokens.count;
         const int64_t length = tokens.positions[token] + 1;
         const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
@@ -185,7 +186,10 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         if (shared - r == 3) some(std::integral_constant<int, 3>{});
         if (shared - r == 2) some(std::integral_constant<int, 2>{});
         if (shared - r == 1) some(std::integral_constant<int, 1>{});
-    }
+    };
+    team.share(heads * tokens.count, [&](Range work) {
+        for (int64_t piece = work.begin; piece < work.end; piece++) attend_one(piece);
+    });
 }
 
 }  // namespace kitae

@@ -3,9 +3,8 @@
 //   tokens -> embedding -> [norm -> q, k, v -> pages -> attention -> + | norm -> gate, up -> down -> +] x layers
 //          -> norm -> head -> logits -> sampler -> next tokens
 //
-// A call is one parallel region; between its phases the threads wait for each other. Prompts and single tokens go the same
-// way: a pass is a number of tokens, each with its position and its row's pages.
-#include <omp.h>
+// A call is one parallel region of many phases (team.h). Prompts and single tokens go the same way: a pass is a number of
+// tokens, each with its position and its row's pages.
 
 #include "attention.h"
 #include "model.h"
@@ -16,25 +15,30 @@
 
 namespace kitae {
 
+// Phases of one pass: of each layer, of the head, and what decode() adds.
+inline int64_t phases_of(const Model& model) { return 8 * model.num_layers + 8; }
+
 template <class T> void embed(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
-    const Range mine = team.share(tokens.count);
-    for (int64_t t = mine.begin; t < mine.end; t++) {
-        const T* from = static_cast<const T*>(model.embedding) + tokens.ids[t] * model.embedding_stride;
-        float* to = scratch.hidden + t * scratch.hidden_stride;
-        for (int64_t j = 0; j < model.hidden_size; j++) to[j] = to_float(from[j]);
-        for (int64_t j = model.hidden_size; j < scratch.hidden_stride; j++) to[j] = 0;
-    }
+    team.share(tokens.count, [&](Range mine) {
+        for (int64_t t = mine.begin; t < mine.end; t++) {
+            const T* from = static_cast<const T*>(model.embedding) + tokens.ids[t] * model.embedding_stride;
+            float* to = scratch.hidden + t * scratch.hidden_stride;
+            for (int64_t j = 0; j < model.hidden_size; j++) to[j] = to_float(from[j]);
+            for (int64_t j = model.hidden_size; j < scratch.hidden_stride; j++) to[j] = 0;
+        }
+    });
 }
 
 // The first `count` rows of the residual stream, normalised.
 template <class T>
 void normalise_rows(const Team& team, const Model& model, const Scratch& scratch, const float* weights, int64_t count) {
-    const Range mine = team.share(count);
     const int64_t stride = scratch.hidden_stride;
-    for (int64_t t = mine.begin; t < mine.end; t++)
-        normalise(
-            scratch.hidden + t * stride, weights, model.hidden_size, stride, model.norm_epsilon,
-            static_cast<T*>(scratch.normed) + t * stride);
+    team.share(count, [&](Range mine) {
+        for (int64_t t = mine.begin; t < mine.end; t++)
+            normalise(
+                scratch.hidden + t * stride, weights, model.hidden_size, stride, model.norm_epsilon,
+                static_cast<T*>(scratch.normed) + t * stride);
+    });
 }
 
 // x * matrix added to the residual stream.
@@ -70,35 +74,25 @@ void write_product(const Team& team, const Scratch& scratch, int64_t count, cons
 // All layers: the tokens' residual stream is in scratch.hidden, their keys and values are in the pages.
 template <class T> void run_layers(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
     const int64_t count = tokens.count;
-    embed<T>(team, model, scratch, tokens);  // each thread normalises the rows it embedded
+    embed<T>(team, model, scratch, tokens);
     for (int64_t i = 0; i < model.num_layers; i++) {
         const Layer& layer = model.layers[i];
         normalise_rows<T>(team, model, scratch, layer.attention_norm, count);
-        team.barrier();
         write_product<T>(team, scratch, count, layer.qkv, scratch.qkv, scratch.qkv_stride);
-        team.barrier();
         place_keys<T>(team, model, layer, scratch, tokens);
-        team.barrier();
         attend<T>(team, model, layer, scratch, tokens);
-        team.barrier();
         add_product<T>(team, scratch, scratch.attended, scratch.attended_stride, count, layer.out);
-        team.barrier();
         normalise_rows<T>(team, model, scratch, layer.mlp_norm, count);
-        team.barrier();
         gate_up<T>(team, scratch, count, layer.gate_up);
-        team.barrier();
         add_product<T>(team, scratch, scratch.activated, scratch.activated_stride, count, layer.down);
-        team.barrier();
     }
 }
 
 // Logits of the first `count` rows of scratch.hidden, to scratch.logits from row `at` on.
 template <class T> void run_head(const Team& team, const Model& model, const Scratch& scratch, int64_t count, int64_t at) {
     normalise_rows<T>(team, model, scratch, model.final_norm, count);
-    team.barrier();
     float* out = scratch.logits + at * scratch.logits_stride;
     write_product<T>(team, scratch, count, model.head, out, scratch.logits_stride);
-    team.barrier();
 }
 
 inline bool is_stop(const Sampling& sampling, int64_t id) {
@@ -110,32 +104,33 @@ inline bool is_stop(const Sampling& sampling, int64_t id) {
 // Decode steps until one of them ended a row, at most sampling.steps; returns how many. Each row must have pages for all.
 template <class T>
 int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens, const Sampling& sampling, int threads) {
-    int64_t done = 0;
-    bool is_over = false;
+    std::vector<Phase> phases(size_t(sampling.steps * phases_of(model)));
+    std::atomic<int64_t> done{0};
+    std::atomic<bool> is_over{false};  // a thread that is behind may leave: all its phases are done
 #pragma omp parallel num_threads(threads)
     {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
-        const Range mine = team.share(tokens.count);
-        while (!is_over) {
-            const int64_t before = done * tokens.count;
+        const Team team(threads, phases.data());
+        for (int64_t step = 0; !is_over; step++) {
             run_layers<T>(team, model, scratch, tokens);
             run_head<T>(team, model, scratch, tokens.count, 0);
-            for (int64_t t = mine.begin; t < mine.end; t++) {
-                const Choice choice = choose(
-                    scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperature,
-                    sampling.uniforms[before + t]);
-                sampling.ids[before + t] = choice.id;
-                sampling.logprobs[before + t] = choice.logprob;
-                tokens.ids[t] = choice.id;
-                tokens.positions[t]++;
-            }
-            team.barrier();
-            if (team.id == 0) {
-                done++;
-                is_over = done == sampling.steps;
-                for (int64_t t = 0; t < tokens.count; t++) is_over |= is_stop(sampling, tokens.ids[t]);
-            }
-            team.barrier();
+            team.share(tokens.count, [&](Range mine) {
+                for (int64_t t = mine.begin; t < mine.end; t++) {
+                    const int64_t at = step * tokens.count + t;
+                    const Choice choice = choose(
+                        scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperature,
+                        sampling.uniforms[at]);
+                    sampling.ids[at] = choice.id;
+                    sampling.logprobs[at] = choice.logprob;
+                    tokens.ids[t] = choice.id;
+                    tokens.positions[t]++;
+                }
+            });
+            team.share(1, [&](Range) {
+                done = step + 1;
+                bool has_ended = done == sampling.steps;
+                for (int64_t t = 0; t < tokens.count; t++) has_ended |= is_stop(sampling, tokens.ids[t]);
+                if (has_ended) is_over = true;
+            });
         }
     }
     return done;
@@ -146,17 +141,18 @@ template <class T>
 void forward(
     const Model& model, const Scratch& scratch, const Tokens& tokens, const int32_t* wanted, int64_t num_wanted, int64_t at,
     int threads) {
+    std::vector<Phase> phases(size_t(phases_of(model)));
 #pragma omp parallel num_threads(threads)
     {
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+        const Team team(threads, phases.data());
         run_layers<T>(team, model, scratch, tokens);
-        if (team.id == 0)
+        team.share(1, [&](Range) {
             for (int64_t i = 0; i < num_wanted; i++)
                 if (wanted[i] != i)
                     std::memcpy(
                         scratch.hidden + i * scratch.hidden_stride, scratch.hidden + wanted[i] * scratch.hidden_stride,
                         size_t(scratch.hidden_stride) * sizeof(float));
-        team.barrier();
+        });
         if (num_wanted) run_head<T>(team, model, scratch, num_wanted, at);
     }
 }

@@ -124,11 +124,10 @@ inline int64_t parts_of_rows(int64_t rows, int64_t blocks, int threads) {
 template <class T, class Use>
 void multiply(const Team& team, const T* x, int64_t stride, int64_t rows, const Matrix& matrix, Use use) {
     constexpr int most = Packing<T>::rows;
-    alignas(64) float sums[most * BLOCK];
     const int64_t blocks = matrix.columns / BLOCK, parts = parts_of_rows(rows, blocks, team.size);
     const int64_t block_size = matrix.depth * BLOCK;
-    const Range work = team.share(blocks * parts);
-    for (int64_t piece = work.begin; piece < work.end; piece++) {
+    const auto compute = [&](int64_t piece, bool is_last) {
+        alignas(64) float sums[most * BLOCK];
         const int64_t block = piece / parts, part = piece % parts;
         const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
         const int64_t tiles = (end - first + most - 1) / most;
@@ -140,7 +139,7 @@ void multiply(const Team& team, const T* x, int64_t stride, int64_t rows, const 
             const int64_t bytes = block_size * int64_t(sizeof(T));
             Prefetch prefetch{here, 0};
             if (tiles < 4 && t == 0) prefetch = {here + 4096, 4};
-            if (tiles >= 4 && t < 4 && piece + 1 < work.end) prefetch = {here + bytes + bytes / 4 * t, 1};
+            if (tiles >= 4 && t < 4 && !is_last) prefetch = {here + bytes + bytes / 4 * t, 1};
             tile_of<T>(int(to - from), x + from * stride, stride, weights, matrix.depth, sums, prefetch);
             for (int64_t row = from; row < to; row++) {
                 float* own = sums + (row - from) * BLOCK;
@@ -149,7 +148,10 @@ void multiply(const Team& team, const T* x, int64_t stride, int64_t rows, const 
                 use(row, block, own);
             }
         }
-    }
+    };
+    team.share(blocks * parts, [&](Range work) {
+        for (int64_t piece = work.begin; piece < work.end; piece++) compute(piece, piece + 1 == work.end);
+    });
 }
 
 }  // namespace kitae

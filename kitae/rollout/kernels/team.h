@@ -1,7 +1,17 @@
-// The threads that run one call together. Every thread walks through the same phases; a barrier ends each.
+// The threads that run one call together. Every thread walks through the same phases; whoever is free takes the next part.
+//
+// A phase is over when its work is done, not when every thread has come by: where the machine is busy and a thread has to
+// wait for its core, the others go on without it, and it catches up by finding the phases it missed done.
 #pragma once
 
+#include <sched.h>
+
+#include <atomic>
 #include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace kitae {
 
@@ -9,15 +19,44 @@ struct Range {
     int64_t begin, end;
 };
 
-struct Team {
-    int id, size;
+struct Phase {
+    std::atomic<int64_t> taken{0}, done{0};
+};
 
-    // This thread's share of `count` pieces of work.
-    Range share(int64_t count) const { return {count * id / size, count * (id + 1) / size}; }
+class Team {
+  public:
+    // `phases` are zeros, one for each call of share() to come; all threads of the team get the same.
+    Team(int size, Phase* phases) : size(size), next_(phases) {}
 
-    void barrier() const {
-#pragma omp barrier
+    const int size;
+
+    // One phase: work(Range) for parts of 0 ... count, each on one thread. Returns when all of them are done.
+    template <class Work> void share(int64_t count, Work work) const {
+        Phase& phase = *next_++;
+        const int64_t most = size == 1 ? 1 : PARTS * size, parts = count < most ? count : most;
+        for (int64_t part; (part = phase.taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+            work(Range{count * part / parts, count * (part + 1) / parts});
+            phase.done.fetch_add(1, std::memory_order_release);
+        }
+        for (int turns = 0; phase.done.load(std::memory_order_acquire) < parts; turns++) {
+            if (turns < TURNS)
+                pause();
+            else
+                sched_yield();
+        }
     }
+
+  private:
+    static constexpr int64_t PARTS = 4;  // of a phase's work for each thread
+    static constexpr int TURNS = 5000;   // before a waiting thread offers its core to others
+
+    static void pause() {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+    }
+
+    mutable Phase* next_;
 };
 
 }  // namespace kitae
