@@ -259,21 +259,13 @@ class SamplingSettings(Section):
     """Never repeat an n-gram of this many tokens; 0 allows it."""
 
 
-class RolloutSettings(Section):
-    """One sampling phase of reinforcement learning (a round)."""
+class CompletionSettings(Section):
+    """How completions are sampled on the way, in any recipe that samples."""
 
-    prompts_per_round: int = Field(8, ge=1)
-    """Distinct prompts sampled in each round, over all ranks."""
-    num_generations: int = Field(8, ge=2)
-    """Completions per prompt; their mean reward is the baseline."""
     max_prompt_length: int = Field(1024, ge=1)
     """Longer prompts are dropped and counted."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest completion in tokens."""
-    initial_temperature: float = Field(1.0, gt=0, le=10)
-    """Sampling temperature of the first round."""
-    final_temperature: float | None = Field(None, gt=0, le=10)
-    """Temperature of the last round, reached linearly; default: as initial_temperature."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Keep the smallest set of tokens whose probability reaches this; the learner scores the same set."""
     top_k: int = Field(0, ge=0)
@@ -286,6 +278,19 @@ class RolloutSettings(Section):
     """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use, with a second copy
     of the weights; generic runs any model through transformers; auto takes native where it can run and the run is long
     enough for the compiling to pay."""
+
+
+class RolloutSettings(CompletionSettings):
+    """One sampling phase of reinforcement learning (a round)."""
+
+    prompts_per_round: int = Field(8, ge=1)
+    """Distinct prompts sampled in each round, over all ranks."""
+    num_generations: int = Field(8, ge=2)
+    """Completions per prompt; their mean reward is the baseline."""
+    initial_temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature of the first round."""
+    final_temperature: float | None = Field(None, gt=0, le=10)
+    """Temperature of the last round, reached linearly; default: as initial_temperature."""
     updates_per_round: int = Field(1, ge=1)
     """Optimizer steps each pass over a round's rollouts is cut into."""
     epochs_per_round: int = Field(1, ge=1)

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from kitae.config import (
     BatchTrainSettings,
+    CompletionSettings,
     DataSettings,
     EvalSettings,
     LogSettings,
@@ -69,29 +70,13 @@ class DistillSettings(Section):
     """Numbers in the store; float16 takes a quarter less disk, and rounds probabilities by up to 0.4 %."""
 
 
-class StudentRolloutSettings(Section):
+class StudentRolloutSettings(CompletionSettings):
     """How the student samples completions on its own steps."""
 
     num_generations: int = Field(1, ge=1)
     """Completions per prompt; more make a step larger and slower, on the same number of prompts."""
-    max_prompt_length: int = Field(1024, ge=1)
-    """Longer prompts are dropped and counted."""
-    max_new_tokens: int = Field(512, ge=1)
-    """Longest completion in tokens."""
     temperature: float = Field(1.0, gt=0, le=10)
     """Sampling temperature; higher shows the teacher more of what the student might say."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Keep the smallest set of tokens whose probability reaches this."""
-    top_k: int = Field(0, ge=0)
-    """Keep the k likeliest tokens; 0 keeps all."""
-    min_p: float = Field(0.0, ge=0, lt=1)
-    """Drop tokens less likely than this share of the likeliest."""
-    inference_batch_size: int = Field(128, ge=1)
-    """Completions sampled at the same time on each rank."""
-    engine: Literal["auto", "generic", "native"] = "auto"
-    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use, with a second copy
-    of the weights; generic runs any model through transformers; auto takes native where it can run and the run is long
-    enough for the compiling to pay."""
 
 
 class Settings(Section):

@@ -666,7 +666,9 @@ def _notebook() -> list[Alias]:
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
-        _Writer(KITAE, ("evaluate", "generate", "compare", "sample", "reward", "export")).maps("--json", "json_file"),
+        _Writer(KITAE, ("evaluate", "generate", "compare", "sample", "reward", "export")).maps(
+            "--json", "json_file"
+        ),
         _Writer(HF, ("sample",)).maps("--num_generations --num_return_sequences", "n"),
         _Writer(HF, ("sample",)).maps("--output_file", "output"),
         a.maps("--model_name_or_path", "model"),
