@@ -31,6 +31,8 @@ STOPPED = tuple(128 + number for number in PASSED_ON)
 """Exit codes of a rank that saved and stopped because it was asked to."""
 SHOWN_BYTES = 4000
 """How much of a failed rank's last output is shown."""
+KILL_AT = 3
+"""So many signals to stop, and the ranks are killed."""
 
 
 def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] = ()) -> int:
@@ -39,7 +41,8 @@ def launch(argv: Sequence[str], *, nproc_per_node: int, program: Sequence[str] =
     It is 0 if every rank left with 0, else that of the rank that failed first, 128 + n if signal n ended it.
     Rank 0 has the terminal; what other ranks print is shown only when one of them fails first. SIGTERM, SIGINT and
     SIGHUP (a closed terminal) are passed on, once each, so that all ranks can save and stop together; one that was
-    ignored when the launcher started (nohup) stays ignored.
+    ignored when the launcher started (nohup) stays ignored. The KILL_AT-th signal kills: a rank that waits for another
+    one inside a collective hears no signal at all.
     """
     if nproc_per_node < 1:
         raise ConfigError(
@@ -149,6 +152,11 @@ def _passing_signals_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[li
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
+        if len(asked) == KILL_AT - 1:
+            print("kitae launch: one more signal kills the ranks as they are", file=sys.stderr)
+        if len(asked) >= KILL_AT:
+            number = signal.SIGKILL
+            asked.append(number)
         _signal_all(ranks, signal.Signals(number))
 
     before = {

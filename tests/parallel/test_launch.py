@@ -129,6 +129,23 @@ def test_a_signal_is_passed_on_once_and_its_exit_code_comes_back(tmp_path, numbe
     assert "failed" not in shown
 
 
+def test_the_third_signal_kills_ranks_that_hear_none(tmp_path):
+    code = f"""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open(f"{tmp_path}/ready{{rank}}", "w").close()
+        time.sleep(60)
+        """
+    process = launch_in_process(tmp_path, code, nproc=2)
+    wait_for([tmp_path / f"ready{rank}" for rank in (0, 1)])
+    for _ in range(3):
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "one more signal kills the ranks" in err
+
+
 def test_ranks_stopped_while_they_start_are_no_failure(tmp_path):
     code = f"""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
