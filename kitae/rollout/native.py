@@ -156,8 +156,8 @@ class _Round:
         longest = max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
         model.require_positions(longest)
         self._scheduler = Scheduler(groups, max_rows=max_rows)
-        self._pages = Pages(model)
         self._pages_per_row = -(-longest // PAGE)
+        self._pages = Pages(model, expected=max_rows * self._pages_per_row)
         self._rows: dict[Request, _Row] = {}
         self._scratch, self._logits_BV, self._buffers = _make_scratch(model, max_rows=max_rows)
         self._stop_ids = torch.tensor(sorted(call.stop_ids), dtype=torch.int64)

@@ -7,6 +7,7 @@ when the last row that reads it is gone; the lowest free page is taken first, so
 from __future__ import annotations
 
 import heapq
+import math
 
 import torch
 from torch import Tensor
@@ -16,19 +17,22 @@ from kitae.rollout.structs import pointer
 
 PAGE = 16
 """Tokens in a page."""
-FIRST_PAGES = 64
+FIRST_BYTES = 1 << 30
+"""At most this much is asked for at first; the system gives memory only where pages are written."""
 
 
 class Pages:
     """The pages of all layers; page numbers are the same in each."""
 
-    def __init__(self, model: PackedModel) -> None:
+    def __init__(self, model: PackedModel, *, expected: int) -> None:
+        """`expected`: the most pages there could be in use; there will be more where that was too few."""
         self._model = model
         self._shape = (model.key_heads, 2, PAGE * model.head_size)
         self._layers: list[Tensor] = []
         self._free: list[int] = []  # a heap
         self._readers: list[int] = []
-        self._grow(FIRST_PAGES)
+        page_bytes = len(model.layers) * math.prod(self._shape) * model.dtype.itemsize
+        self._grow(min(expected, max(1, FIRST_BYTES // page_bytes)))
 
     @property
     def num_in_use(self) -> int:

@@ -383,8 +383,8 @@ def test_pages_come_back_and_prompts_share_them(
     most, made = 0, []
 
     class Watched(native.Pages):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
             made.append(self)
 
         def take(self, count: int) -> list[int]:
@@ -398,6 +398,20 @@ def test_pages_come_back_and_prompts_share_them(
     engine.generate(problems_of([330]), n=32, sampling=SamplingSettings(max_new_tokens=6), seed=0)
     assert made[0].num_in_use == 0
     assert most == 20 + 32  # the prompt's 20 full pages once, and one page for each row's end
+
+
+def test_more_pages_than_foreseen_change_nothing(
+    root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+):
+    from kitae.rollout import pages
+
+    engine = engine_of(policy_of(folder_of(root, "qwen3")), kernels, max_rows=6)
+    expected = engine.generate(problems_of(EDGES), n=3, sampling=SamplingSettings(max_new_tokens=50), seed=0)
+    monkeypatch.setattr(pages, "FIRST_BYTES", 1)
+    found = engine.generate(problems_of(EDGES), n=3, sampling=SamplingSettings(max_new_tokens=50), seed=0)
+    assert [[(r.token_ids, r.logprobs) for r in g] for g in found] == [
+        [(r.token_ids, r.logprobs) for r in g] for g in expected
+    ]
 
 
 def test_a_thousand_queued_requests_all_finish(root: Path, kernels: ctypes.CDLL):
