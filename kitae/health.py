@@ -162,6 +162,14 @@ def _all_truncated(seen: Seen) -> Finding | None:
     return Finding(share, f"{share:.0%} of the completions of the last 3 rounds were cut before they ended")
 
 
+def _unscored(seen: Seen) -> Finding | None:
+    share = seen.last("rollout/unscored", 3)
+    if share is None or share < 0.5:
+        return None
+    text = f"{share:.0%} of the completions of the last 3 rounds could not be scored"
+    return Finding(share, f"{text} (samples.jsonl says why) and taught nothing")
+
+
 def _format_plateau(seen: Seen) -> Finding | None:
     form, reward = seen.last("rollout/format_rate", 20), seen.last("rollout/reward", 20)
     right = seen.values("rollout/accuracy", 20)
@@ -355,6 +363,14 @@ RULES: tuple[Rule, ...] = (
         remedies=(("raise", "rollout.max_new_tokens"),),
         meaning="Over the last 3 rounds, at least 95 % of the completions were cut at the longest length. A cut answer is "
         "judged as it stands, which is mostly wrong.",
+    ),
+    Rule(
+        name="unscored",
+        metrics=("rollout/unscored",),
+        check=_unscored,
+        remedies=(("mend the function or the gold answers of", "reward.function"),),
+        meaning="Over the last 3 rounds, at least half of the completions could not be scored: a function that raised, a gold "
+        "answer that cannot be compared, a text too long for the reward model. Nothing is learnt from them.",
     ),
     Rule(
         name="format_plateau",

@@ -43,6 +43,7 @@ REWARD = {"rollout_reward": 2.0, "rollout_reward_std": 1.0}
 PICTURES = {
     "dead_groups": ("grpo", lines_of(6, rollout_dead_groups=0.9), "rollout.refill", "90% of the prompts"),
     "all_truncated": ("grpo", lines_of(4, rollout_truncated=0.99), "rollout.max_new_tokens", "99% of the completions"),
+    "unscored": ("ppo", lines_of(3, rollout_unscored=0.6), "reward.function", "60% of the completions"),
     "format_plateau": (
         "grpo",
         lines_of(25, rollout_format_rate=0.97, rollout_accuracy=0.01, rollout_reward=1.06, rollout_reward_std=1.0),
