@@ -32,6 +32,7 @@ types: install-dev
 bench: install-dev
 	$(PIP) install -c constraints.txt -e ".[bench]"
 	$(BIN)/python benchmarks/sft.py --json benchmarks/results-sft.json
+	$(BIN)/python benchmarks/dpo.py --json benchmarks/results-dpo.json
 	$(BIN)/python benchmarks/rollout.py --json benchmarks/results-rollout.json
 
 docs: install-dev

@@ -66,8 +66,20 @@ def rows(count: int, *, vocabulary: list[str], seed: int) -> list[dict[str, Any]
     return made
 
 
+def pairs(made: list[dict[str, Any]], *, vocabulary: list[str], seed: int) -> list[dict[str, Any]]:
+    """The same rows with a rejected completion each, of another length drawn alike and about as long as the chosen one."""
+    draw = random.Random(seed + 1)
+    found = []
+    for row in made:
+        spoken = len(row["completion"][0]["content"].split())
+        text = draw.choices(vocabulary, k=max(1, round(spoken * draw.uniform(0.7, 1.3))))
+        rejected = [{"role": "assistant", "content": " ".join(text)}]
+        found.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+    return found
+
+
 def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, Any]:
-    """Write folder/model (an ordinary Hugging Face folder) and folder/rows.jsonl; return what they are."""
+    """Write folder/model, as Hugging Face has them, folder/rows.jsonl and folder/pairs.jsonl; return what they are."""
     import torch
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
@@ -104,6 +116,8 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
     tokenizer.save_pretrained(folder / "model")
     made = rows(num_rows, vocabulary=vocabulary, seed=seed)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    of_pairs = pairs(made, vocabulary=vocabulary, seed=seed)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_pairs))
     taught = [len(row["completion"][0]["content"].split()) + 1 for row in made]
     lengths = [
         len(row["prompt"][0]["content"].split()) + n - 1 + OVERHEAD
