@@ -369,8 +369,8 @@ RULES: tuple[Rule, ...] = (
         metrics=("rollout/unscored",),
         check=_unscored,
         remedies=(("mend the function or the gold answers of", "reward.function"),),
-        meaning="Over the last 3 rounds, at least half of the completions could not be scored: a function that raised, a gold "
-        "answer that cannot be compared, a text too long for the reward model. Nothing is learnt from them.",
+        meaning="Over the last 3 rounds, at least half of the completions could not be scored: a function that raised, a "
+        "gold answer that cannot be compared, a text too long for the reward model. Nothing is learnt from them.",
     ),
     Rule(
         name="format_plateau",
