@@ -25,6 +25,17 @@ class Section(BaseModel):
     )
 
 
+class RunSettings(Section):
+    """What the settings of every recipe begin with."""
+
+    resume: bool = False
+    """Go on from the newest complete checkpoint in output_dir."""
+    overwrite: bool = False
+    """Replace a run that is already in output_dir."""
+    allow_inexact: bool = False
+    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
+
+
 class SeamSettings(Section):
     """The extension points that make the unmodified model fast; each equals the plain module when off."""
 

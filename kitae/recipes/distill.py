@@ -22,6 +22,7 @@ from kitae.config import (
     LoraSettings,
     ModelSettings,
     OptimSettings,
+    RunSettings,
     SaveSettings,
     Section,
 )
@@ -79,17 +80,11 @@ class StudentRolloutSettings(CompletionSettings):
     """Sampling temperature; higher shows the teacher more of what the student might say."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """Distillation from a teacher, on-policy (GKD), on data, or from its stored top-k log-probs: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/distill"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

@@ -23,6 +23,7 @@ from kitae.config import (
     OptimSettings,
     RewardSettings,
     RolloutSettings,
+    RunSettings,
     SaveSettings,
     Section,
     TrainSettings,
@@ -67,17 +68,11 @@ class GRPOSettings(Section):
     0 takes the sampler's log-probs as they are, 2 is usual."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """GRPO with verifiable rewards: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/grpo"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

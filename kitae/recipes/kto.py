@@ -22,6 +22,7 @@ from kitae.config import (
     OptimSettings,
     PairTrainSettings,
     PreferenceDataSettings,
+    RunSettings,
     SaveSettings,
     Section,
 )
@@ -45,17 +46,11 @@ class KTOSettings(Section):
     step (each_step); auto takes each_step for adapters, else cache."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """KTO on completions labelled good or bad (pairs are taken too): full, LoRA or QLoRA."""
 
     output_dir: str = "runs/kto"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

@@ -20,6 +20,7 @@ from kitae.config import (
     OptimSettings,
     PairTrainSettings,
     PreferenceDataSettings,
+    RunSettings,
     SaveSettings,
     Section,
 )
@@ -35,17 +36,11 @@ class ORPOSettings(Section):
     """Weight of the log odds ratio beside the SFT term (lambda); larger separates chosen from rejected more."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """ORPO, SFT and preference in one stage without a reference model: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/orpo"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

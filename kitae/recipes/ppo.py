@@ -22,6 +22,7 @@ from kitae.config import (
     OptimSettings,
     RewardSettings,
     RolloutSettings,
+    RunSettings,
     SaveSettings,
     Section,
     TrainSettings,
@@ -89,17 +90,11 @@ class CriticSettings(Section):
     """First rounds in which only the critic trains, so that the policy follows no untrained critic."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """PPO with a critic, for rewards from functions or reward models: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/ppo"
     """The run's folder: final model at its top, the critic in critic/, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead of the policy's, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

@@ -21,6 +21,7 @@ from kitae.config import (
     OptimSettings,
     PairTrainSettings,
     PreferenceDataSettings,
+    RunSettings,
     SaveSettings,
     Section,
     require,
@@ -40,17 +41,11 @@ class RewardModelSettings(Section):
     Empty: no margins."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """A reward model from chosen and rejected completions (Bradley-Terry): full, LoRA or QLoRA."""
 
     output_dir: str = "runs/reward_model"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

@@ -15,25 +15,19 @@ from kitae.config import (
     LoraSettings,
     ModelSettings,
     OptimSettings,
+    RunSettings,
     SaveSettings,
-    Section,
 )
 
 if TYPE_CHECKING:
     from kitae.recipes._setup import Setup
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """Supervised fine-tuning: full, LoRA (lora.rank > 0) or QLoRA (model.quantization = nf4)."""
 
     output_dir: str = "runs/sft"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings

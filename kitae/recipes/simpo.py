@@ -20,6 +20,7 @@ from kitae.config import (
     OptimSettings,
     PairTrainSettings,
     PreferenceDataSettings,
+    RunSettings,
     SaveSettings,
     Section,
 )
@@ -41,17 +42,11 @@ class SimPOSettings(Section):
     """Weight of the chosen completion's negative log-prob per token; larger keeps its probability from falling."""
 
 
-class Settings(Section):
+class Settings(RunSettings):
     """SimPO on chosen and rejected completions, without a reference model: full, LoRA or QLoRA."""
 
     output_dir: str = "runs/simpo"
     """The run's folder: final model at its top, checkpoints and logs beside it."""
-    resume: bool = False
-    """Go on from the newest complete checkpoint in output_dir."""
-    overwrite: bool = False
-    """Replace a run that is already in output_dir."""
-    allow_inexact: bool = False
-    """Resume although settings, data or machine differ from the interrupted run; the run is marked inexact."""
     loss: str = ""
     """Your own loss instead, as file.py:function; see docs/recipes/custom-losses.md."""
     model: ModelSettings
