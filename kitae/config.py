@@ -6,7 +6,7 @@ One source for `--help`, the settings page, error messages and forms. A recipe c
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -268,6 +268,8 @@ class SamplingSettings(Section):
     """Above 1 makes tokens that already occurred less likely (arXiv:1909.05858)."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """Never repeat an n-gram of this many tokens; 0 allows it."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion, wherever they occur in its text; they are not part of it. More of them end more."""
 
 
 class CompletionSettings(Section):
@@ -328,6 +330,10 @@ class GroupRolloutSettings(RolloutSettings):
     overlong_factor: float = Field(1.0, gt=0)
     """What a completion of max_new_tokens loses, in the unit of the reward: 1 is what the right form earns in the
     reasoning reward, 10 what a right answer does."""
+    rounds_ahead: int = Field(0, ge=0, le=1)
+    """1 samples the next round while this one trains, with the weights from before this round's updates and a second copy of
+    them in memory; needs grpo.is_cap, which corrects for the older weights. Pays where sampling and training do not compete
+    for the same cores. 0 always samples from the present weights."""
 
 
 class RewardSettings(Section):

@@ -54,6 +54,12 @@ class NonFiniteError(KitaeError):
     exit_code = 70
 
 
+class PortError(KitaeError):
+    """An address that a server cannot listen on."""
+
+    exit_code = 69
+
+
 class LockedError(KitaeError):
     """Another process is running in this output directory."""
 

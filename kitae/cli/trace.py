@@ -182,7 +182,8 @@ class _Trace:
         from kitae.recipes import _variants as variants
         from kitae.recipes._losses import chosen_loss
         from kitae.recipes._rewards import open_rewards
-        from kitae.recipes._sampling import Judge, Reference, Sampler, rewards_of
+        from kitae.recipes._judging import Judge
+        from kitae.recipes._sampling import Reference, Sampler, rewards_of
         from kitae.recipes.grpo import to_rows
         from kitae.rollout.generic import GenericEngine
 

@@ -89,6 +89,24 @@ class Change:
     instead: Stored | None = None
     """A tensor that takes its place."""
 
+    def open(self, *, is_fused: bool) -> Callable[[Tensor, int], Tensor]:
+        """What becomes of float32 rows, of which the first is row `start` of the tensor."""
+        adders = [low.open(is_fused=is_fused) for low in self.low_rank]
+
+        def changed(before: Tensor, start: int) -> Tensor:
+            stop = start + len(before)
+            if self.instead is not None:
+                x = require_finite(read_stored(self.instead, start, stop).float(), name=self.instead.name)
+            else:
+                x = before.clone()
+            for add in adders:
+                add(x, start)
+            for bias, scale in self.bias:
+                x.add_(read_stored(bias, start, stop).float(), alpha=scale)
+            return x
+
+        return changed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:

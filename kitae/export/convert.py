@@ -29,7 +29,6 @@ from kitae.export.weights import (
     Weights,
     open_weights,
     read_bytes,
-    read_stored,
 )
 from kitae.models import files
 
@@ -106,34 +105,17 @@ def merge(
     dtype auto keeps each tensor's own, and makes BF16 of weights in FP8 or 4 bits. A base stored in 4 bits is refused
     unless `dequantize`.
     """
-    folder, adapter_folder = _base_and_adapter(adapter, base)
+    folder, adapter_folder = base_and_adapter(adapter, base)
     weights = open_weights(folder)
     config = files.read_json(folder / "config.json")
-    _check_base(weights, config, dequantize=dequantize, to_fp8=dtype == "fp8")
+    check_base(weights, config, dequantize=dequantize, to_fp8=dtype == "fp8")
     own_format = (config.get("quantization_config") or {}).get("scale_fmt", "float32")
     if weights.scales and dtype == "fp8" and scale_format == "ue8m0" != own_format:
         raise ConfigError(
             f"scale_format is ue8m0, but the FP8 weights of {folder} that stay as they are have scales in {own_format}; "
             "leave it out"
         )
-    shapes = {name: weights.shape(name) for name in weights.tensors}
-    embedding = next((n for n in shapes if n.endswith(EMBEDDINGS)), None)
-    is_tied = embedding is not None and (bool(config.get("tie_word_embeddings")) or HEAD not in shapes)
-    stores_head = HEAD in shapes
-    if is_tied and embedding is not None:
-        shapes.setdefault(HEAD, shapes[embedding])
-    found = read_adapter(adapter_folder, shapes)
-    if not found.is_trained:
-        raise ModelError(
-            f"{adapter_folder} changes nothing: all its B are zero, so merged it would equal the base; was it trained?"
-        )
-    keeps_tie = found.is_head_tied or not (HEAD in found.changes or embedding in found.changes)
-    if is_tied and not keeps_tie:
-        config["tie_word_embeddings"] = False
-        log.warning(
-            "the head had the embeddings' weights, and now gets its own: the adapter changed one of them"
-        )
-    untied = embedding if is_tied and not keeps_tie and not stores_head else None
+    found, untied = match_adapter(weights, config, adapter_folder)
 
     was_fp8 = bool(weights.scales)
     is_power = scale_format == "ue8m0" or own_format == "ue8m0"
@@ -169,6 +151,33 @@ def merge(
     return {**report, "base": str(folder), "adapted": len(found.changes)}
 
 
+def match_adapter(
+    weights: Weights, config: dict[str, Any], adapter_folder: Path
+) -> tuple[Adapter, str | None]:
+    """An adapter on this base, and the embeddings' name where the head that shared them gets weights of its own.
+
+    `config` is changed to say so.
+    """
+    shapes = {name: weights.shape(name) for name in weights.tensors}
+    embedding = next((n for n in shapes if n.endswith(EMBEDDINGS)), None)
+    is_tied = embedding is not None and (bool(config.get("tie_word_embeddings")) or HEAD not in shapes)
+    stores_head = HEAD in shapes
+    if is_tied and embedding is not None:
+        shapes.setdefault(HEAD, shapes[embedding])
+    found = read_adapter(adapter_folder, shapes)
+    if not found.is_trained:
+        raise ModelError(
+            f"{adapter_folder} changes nothing: all its B are zero, so merged it would equal the base; was it trained?"
+        )
+    keeps_tie = found.is_head_tied or not (HEAD in found.changes or embedding in found.changes)
+    if is_tied and not keeps_tie:
+        config["tie_word_embeddings"] = False
+        log.warning(
+            "the head had the embeddings' weights, and now gets its own: the adapter changed one of them"
+        )
+    return found, embedding if is_tied and not keeps_tie and not stores_head else None
+
+
 # what is there -------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +188,7 @@ def _model_folder(name: str) -> Path:
     return found.folder
 
 
-def _base_and_adapter(adapter: str, base: str | None) -> tuple[Path, Path]:
+def base_and_adapter(adapter: str, base: str | None) -> tuple[Path, Path]:
     folder = files.find_folder(adapter)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{adapter} has no adapter_config.json, so there is no adapter to merge")
@@ -202,7 +211,7 @@ def _require_plain(weights: Weights, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_base(weights: Weights, config: Mapping[str, Any], *, dequantize: bool, to_fp8: bool) -> None:
+def check_base(weights: Weights, config: Mapping[str, Any], *, dequantize: bool, to_fp8: bool) -> None:
     folder = weights.folder
     method = (config.get("quantization_config") or {}).get("quant_method")
     if weights.packed:
@@ -341,23 +350,10 @@ def _values(weights: Weights, source: str, change: Change | None) -> Iterator[tu
     step = 1 if len(shape) == 3 else math.lcm(fp8.BLOCK[0], weights.block[0])
     per_row = math.prod(shape[1:])
     step *= max(1, CHUNK // max(1, step * per_row))
-    adders = [low.open(is_fused=len(shape) == 3) for low in change.low_rank] if change else []
+    changed = change.open(is_fused=len(shape) == 3) if change else None
     for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        x = rows(start, stop)
-        if change is None:
-            yield None, x
-            continue
-        before = x
-        if change.instead is not None:
-            x = fp8.require_finite(read_stored(change.instead, start, stop).float(), name=change.instead.name)
-        else:
-            x = x.clone()
-        for add in adders:
-            add(x, start)
-        for bias, scale in change.bias:
-            x.add_(read_stored(bias, start, stop).float(), alpha=scale)
-        yield before, x
+        before = rows(start, min(start + step, shape[0]))
+        yield (None, before) if changed is None else (before, changed(before, start))
 
 
 # the folder ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ server writes when it answers requests: its URL and the names of its models.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -88,7 +87,9 @@ class Endpoint:
         if state == "running" and not self.answers():
             found["note"] = "does not answer at the moment"
         if state == "failed":
-            found["note"] = next((line for line in reversed(self.job.log_tail()) if line.strip()), "it said nothing")
+            found["note"] = next(
+                (line for line in reversed(self.job.log_tail()) if line.strip()), "it said nothing"
+            )
         return found
 
 
@@ -108,7 +109,9 @@ def find(name: str) -> Endpoint:
     """The endpoint of a name."""
     known = {endpoint.name: endpoint for endpoint in everything()}
     if name not in known:
-        there = did_you_mean(name, list(known)) if known else "there is none; start one with kitae deploy MODEL"
+        there = (
+            did_you_mean(name, list(known)) if known else "there is none; start one with kitae deploy MODEL"
+        )
         raise ConfigError(f"there is no endpoint {name!r}; {there}")
     return known[name]
 
@@ -119,7 +122,9 @@ def deploy(words: Sequence[str], *, model: str, name: str | None = None) -> Endp
     A name whose endpoint has ended is used again; one that is alive is refused.
     """
     if name is not None and not NAME.fullmatch(name):
-        raise ConfigError(f"--name is {name!r}; use small letters, digits, _ . and -, beginning with a letter or digit")
+        raise ConfigError(
+            f"--name is {name!r}; use small letters, digits, _ . and -, beginning with a letter or digit"
+        )
     folder = _claim(name or _free_name(model))
     job = Job.start(
         folder,
@@ -148,7 +153,9 @@ def wait(endpoint: Endpoint, *, timeout_s: float | None = None, tick: Any = None
 def remove(endpoint: Endpoint) -> None:
     """Delete the folder of an endpoint that has ended, with its token and log."""
     if endpoint.state() not in ENDED:
-        raise LockedError(f"endpoint {endpoint.name} is {endpoint.state()}; stop it first: kitae endpoints stop {endpoint.name}")
+        raise LockedError(
+            f"endpoint {endpoint.name} is {endpoint.state()}; stop it first: kitae endpoints stop {endpoint.name}"
+        )
     shutil.rmtree(endpoint.job.folder)
 
 
@@ -162,7 +169,9 @@ def _claim(name: str) -> Path:
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError as error:
-        raise LockedError(f"{folder} is being used by another kitae deploy, or is not an endpoint's; choose another --name") from error
+        raise LockedError(
+            f"{folder} is being used by another kitae deploy, or is not an endpoint's; choose another --name"
+        ) from error
     descriptor = os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_urlsafe(32) + "\n")
@@ -175,9 +184,3 @@ def _free_name(model: str) -> str:
     taken = {endpoint.name for endpoint in everything() if endpoint.state() not in ENDED}
     numbered = (f"{plain[:70]}-{number}" for number in range(2, 10_000))
     return plain[:70] if plain[:70] not in taken else next(name for name in numbered if name not in taken)
-
-
-def as_json(endpoint: Endpoint, *, with_token: bool) -> str:
-    """Its information as JSON."""
-    token = {"token": endpoint.token} if with_token else {}
-    return json.dumps(endpoint.info() | token, ensure_ascii=False, indent=2)

@@ -108,7 +108,9 @@ class Job:
                     self._signal(signal.SIGKILL if asked else signal.SIGTERM)
                 asked = True
             if time.monotonic() > deadline + PATIENCE_S:
-                raise RunDirError(f"something of the job in {self.folder} does not end; see `fuser {self.folder}/alive`")
+                raise RunDirError(
+                    f"something of the job in {self.folder} does not end; see `fuser {self.folder}/alive`"
+                )
             time.sleep(POLL_S)
         if self.end() is None:
             supervisor.put(self.folder / "ended.json", {"code": None, "time": time.time(), "stopped": True})

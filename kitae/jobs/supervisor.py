@@ -58,7 +58,9 @@ def main() -> int:
     put(folder / "supervisor.json", {"pid": child.pid, "began": began(child.pid), "started": time.time()})
     code = _wait(child, folder)
     _kill_group(child.pid)  # workers that the command left behind
-    put(folder / "ended.json", {"code": code, "time": time.time(), "stopped": (folder / "stop.json").exists()})
+    put(
+        folder / "ended.json", {"code": code, "time": time.time(), "stopped": (folder / "stop.json").exists()}
+    )
     os.close(watching)
     return 0
 
@@ -124,10 +126,14 @@ def is_locked(path: Path) -> bool:
 def began(pid: int) -> str | None:
     """When a process began, in words of the system, which with its id names it for good; None when there is none."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        after_name = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+        )
         return after_name.split()[19]  # field 22 of proc(5): clock ticks since boot
     except OSError:
-        asked = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
         return asked.stdout.strip() or None
 
 

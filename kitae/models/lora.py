@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kitae.config import LoraSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import experts, seams
+from kitae.models import adapted, experts, seams
 from kitae.plugins import did_you_mean
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _shortest(chosen: list[str], everything: list[str], *, parts: int) -> list[s
 
 
 def finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
-    """Compute adapters in the policy's precision, and parameter adapters as two thin products."""
+    """Compute adapters in the policy's precision, and each of them as two thin products."""
     from peft.tuners.lora.layer import ParamWrapper
 
     for name, parameter in causal_lm.named_parameters():
@@ -299,18 +299,9 @@ def finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
     wrappers: list[Any] = [module for module in causal_lm.modules() if isinstance(module, ParamWrapper)]
     for wrapper in wrappers:
         base = wrapper.get_base_layer()
-        if isinstance(base, nn.Linear):
-            wrapper.forward = types.MethodType(_linear_forward, wrapper)
-        elif base.config._experts_implementation == seams.NAME:
+        if not isinstance(base, nn.Linear) and base.config._experts_implementation == seams.NAME:
             wrapper.forward = types.MethodType(_experts_forward, wrapper)
-
-
-def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    """A linear whose weight peft adapts as a parameter: the same numbers without adding W and B A up."""
-    y: Tensor = self.base_layer(x)
-    for name in _active(self):
-        y = y + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
-    return y
+    adapted.install(causal_lm)
 
 
 def _experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -318,7 +309,7 @@ def _experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_we
     adapters: dict[str, list[experts.ExpertAdapter]] = {}
     wrapper = self
     while hasattr(wrapper, "parameter_name"):
-        for name in _active(wrapper):
+        for name in adapted.active_adapters(wrapper):
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             # peft lays A out as (E R, in) and B as (out, R E) with the expert fastest.
             a_ERI = a.view(wrapper.num_experts, -1, a.shape[1])
@@ -327,13 +318,6 @@ def _experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_we
             adapters.setdefault(wrapper.parameter_name, []).append(adapter)
         wrapper = wrapper.base_layer
     return experts.experts_forward(wrapper, hidden_TH, top_k_index, top_k_weights, adapters=adapters)
-
-
-def _active(layer: Any) -> list[str]:
-    """Adapters a peft layer applies now; merged ones are in the weight already."""
-    if layer.disable_adapters or layer.merged:
-        return []
-    return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
 def _initialise_(name: str, parameter: nn.Parameter, seed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,9 +66,30 @@ class Rewards:
 
     def score(self, items: Items) -> list[Score]:
         """The weighted sum per item; what any reward could not score has none. Single values are in `parts`."""
+        return self.finish(items, [self.begin(item) for item in items])
+
+    def begin(self, item: tuple[str, Problem]) -> dict[str, Future[Score]]:
+        """Let the functions among the rewards judge an item as soon as their processes are free."""
+        return {
+            part.name: part.reward.begin(item) for part in self.parts if isinstance(part.reward, RewardPool)
+        }
+
+    def finish(self, items: Items, begun: Sequence[dict[str, Future[Score]]]) -> list[Score]:
+        """The scores of `items`, begun one by one in any order; reward models score them all here, in batches."""
+        assert len(items) == len(begun), (len(items), len(begun))
         if not items:
             return []
-        found = [part.reward.score(items) for part in self.parts]
+        try:
+            found = [
+                part.reward.finish(items, [own[part.name] for own in begun])
+                if isinstance(part.reward, RewardPool)
+                else part.reward.score(items)
+                for part in self.parts
+            ]
+        finally:  # after an error of one of them
+            for own in begun:
+                for future in own.values():
+                    future.cancel()
         return [self._sum(scores) for scores in zip(*found, strict=True)]
 
     def score_iter(self, items: Items) -> Iterator[Score]:

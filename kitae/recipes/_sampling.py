@@ -1,9 +1,10 @@
-"""Sampling and judging as recipes use it: groups of rollouts, their scores, and what a round amounted to."""
+"""Sampling as recipes use it: groups of rollouts, what scores their tokens, and what a round amounted to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +14,9 @@ from kitae.config import RolloutSettings, SamplingSettings
 from kitae.data.collate import empty_batch, with_stream
 from kitae.models.policy import Policy
 from kitae.parallel.world import World
-from kitae.recipes._rewards import Rewards
 from kitae.rewards import reasoning
-from kitae.rewards.math import final_answer, is_usable
-from kitae.rewards.pool import EXHAUSTED, RewardPool
-from kitae.rollout.base import RolloutEngine
+from kitae.rewards.pool import EXHAUSTED
+from kitae.rollout.base import OnRollout, RolloutEngine
 from kitae.train.learner import Learner
 from kitae.types import Batch, Problem, Rollout, Row, Score, WeighedScore
 
@@ -31,10 +30,24 @@ class Sampler:
     def __init__(
         self, engine: RolloutEngine, *, learner: Learner, rollout: RolloutSettings, seed: int
     ) -> None:
-        self._engine, self._learner, self._rollout, self._seed = engine, learner, rollout, seed
+        self.engine, self._learner, self._rollout, self._seed = engine, learner, rollout, seed
 
-    def sample(self, problems: Sequence[Problem], *, n: int, temperature: float, step: int) -> Groups:
+    def sample(
+        self,
+        problems: Sequence[Problem],
+        *,
+        n: int,
+        temperature: float,
+        step: int,
+        on_rollout: OnRollout | None = None,
+    ) -> Groups:
         """`n` completions of each problem; what is drawn depends on seed, step, problem and number only."""
+        drawing = self.drawing(temperature=temperature, step=step)
+        with self.present_weights():
+            return self.engine.generate(problems, n=n, on_rollout=on_rollout, **drawing)
+
+    def drawing(self, *, temperature: float, step: int) -> dict[str, Any]:
+        """How the completions of a step are drawn, as arguments of RolloutEngine.generate."""
         rollout = self._rollout
         sampling = SamplingSettings(
             temperature=temperature,
@@ -43,36 +56,22 @@ class Sampler:
             min_p=rollout.min_p,
             max_new_tokens=rollout.max_new_tokens,
         )
-        return self._generate(problems, n=n, sampling=sampling, seed=self._seed * 1_000_003 + step)
+        return {"sampling": sampling, "seed": self._seed * 1_000_003 + step}
 
-    def greedy(self, problems: Sequence[Problem]) -> Groups:
+    def greedy(self, problems: Sequence[Problem], *, on_rollout: OnRollout | None = None) -> Groups:
         """The likeliest completion of each problem, as groups of one."""
         sampling = SamplingSettings(temperature=0.0, max_new_tokens=self._rollout.max_new_tokens)
-        return self._generate(problems, n=1, sampling=sampling, seed=self._seed)
+        with self.present_weights():
+            return self.engine.generate(
+                problems, n=1, sampling=sampling, seed=self._seed, on_rollout=on_rollout
+            )
 
-    def _generate(self, problems: Sequence[Problem], **how: Any) -> Groups:
-        # **how: the keyword arguments of RolloutEngine.generate.
+    @contextmanager
+    def present_weights(self) -> Iterator[None]:
+        """Inside it the engine has the learner's present weights, whole on every rank."""
         with self._learner.unsharded():
-            self._engine.sync()
-            return self._engine.generate(problems, **how)
-
-
-class Judge:
-    """Scores whole groups by the run's reward or rewards."""
-
-    def __init__(self, rewards: RewardPool | Rewards) -> None:
-        self._rewards = rewards
-
-    def score(self, groups: Groups) -> Scores:
-        """A score per rollout, grouped alike."""
-        scores = iter(self._rewards.score([(r.text, r.problem) for group in groups for r in group]))
-        return [[next(scores) for _ in group] for group in groups]
-
-    def num_right(self, groups: Groups) -> int:
-        """How many completions hold the gold answer, wherever they hold it; as `kitae evaluate` counts."""
-        found = [(final_answer(r.text)[0], r.problem.answer) for group in groups for r in group]
-        pairs = [(answer, gold) for answer, gold in found if answer is not None and is_usable(gold)]
-        return sum(verdict.value == 1.0 for verdict in self._rewards.compare(pairs))
+            self.engine.sync()
+            yield
 
 
 class Scorer(Protocol):

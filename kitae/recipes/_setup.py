@@ -39,12 +39,12 @@ from kitae.models.policy import Policy
 from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
+from kitae.recipes._judging import Judge
 from kitae.recipes._prompts import Prompts
 from kitae.recipes._rewards import Rewards, open_rewards, part_means
 from kitae.recipes._sampling import (
     FrozenModel,
     Groups,
-    Judge,
     Reference,
     Sampler,
     Scorer,
@@ -54,6 +54,7 @@ from kitae.recipes._sampling import (
 )
 from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
+from kitae.rollout.background import BackgroundEngine
 from kitae.rollout.choose import open_engine
 from kitae.train.difficulty import Difficulty
 from kitae.train.learner import Learner
@@ -77,6 +78,7 @@ class Setup:
         self._mixture: Mixture[Any] | None = None
         self._difficulty: Difficulty | None = None
         self._rewards: list[RewardPool | Rewards] = []
+        self._background: BackgroundEngine | None = None
         self._also_saved: list[Callable[[Path], None]] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
@@ -100,6 +102,8 @@ class Setup:
 
     def close(self) -> None:
         """End the worker processes."""
+        if self._background is not None:
+            self._background.close()
         for rewards in self._rewards:
             rewards.close()
 
@@ -383,7 +387,8 @@ class Setup:
     # sampling and judging -------------------------------------------------------------------------------------
 
     def sampler(self, learner: Learner, rollout: RolloutSettings) -> Sampler:
-        """Samples from the learner's present weights."""
+        """Samples from the learner's present weights; in a thread, with a copy of them, under rollout.rounds_ahead."""
+        is_ahead = isinstance(rollout, GroupRolloutSettings) and rollout.rounds_ahead > 0
         rounds = learner.total_steps / (rollout.updates_per_round * rollout.epochs_per_round)
         completions = rollout.prompts_per_round * rollout.num_generations / self.world.world_size
         engine, name = open_engine(
@@ -394,9 +399,20 @@ class Setup:
             stop_ids=self.template.stop_ids,
             decode=self.template.decode,
             max_rows=rollout.inference_batch_size,
+            load_copy=partial(self._copy, learner.policy) if is_ahead else None,
         )
         self.run.identify(rollout_engine=name)
-        return Sampler(engine, learner=learner, rollout=rollout, seed=self.cfg.train.seed)
+        how = {"learner": learner, "rollout": rollout, "seed": self.cfg.train.seed}
+        if is_ahead:
+            self._background = BackgroundEngine(engine, source=learner.policy)
+        return Sampler(self._background or engine, **how)
+
+    def _copy(self, policy: Policy) -> Policy:
+        """A second policy with the parameters of this one, none of which trains."""
+        has_adapter = policy.peft is not None
+        ranks = self.world.world_size
+        copy = load_policy(self._model, lora=self.cfg.lora, trainable=has_adapter, ranks=ranks)
+        return copy.requires_grad_(False).eval()
 
     def judge(self, reward: RewardSettings) -> Judge:
         """What scores completions: worker processes for functions, and reward models on this rank's device."""
@@ -433,8 +449,11 @@ class Setup:
         mine = list(problems[self.world.rank :: self.world.world_size])
 
         def evaluate() -> dict[str, float]:
-            groups = sampler.greedy(mine)
-            found = summarise(groups, judge.score(groups), world=self.world, is_reasoning=self._is_reasoning)
+            judging = judge.begin()
+            groups = sampler.greedy(mine, on_rollout=judging.see)
+            found = summarise(
+                groups, judging.scores(groups), world=self.world, is_reasoning=self._is_reasoning
+            )
             right = torch.tensor(
                 float(judge.num_right(groups)), dtype=torch.float64, device=self.world.device
             )

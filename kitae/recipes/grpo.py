@@ -92,6 +92,7 @@ def train(cfg: Settings, setup: Setup) -> None:
     """Alternate rounds of sampling with `updates_per_round x epochs_per_round` optimizer steps on each."""
     from kitae.algos import averaging
     from kitae.recipes import _variants as variants
+    from kitae.recipes._ahead import open_ahead
     from kitae.recipes._losses import chosen_loss
     from kitae.recipes._sampling import rewards_of
     from kitae.train.buffer import RolloutBuffer
@@ -108,22 +109,27 @@ def train(cfg: Settings, setup: Setup) -> None:
     learner = setup.learner(total_steps=total, load=variants.loading_of(grpo))
     sampler = setup.sampler(learner, rollout)
     reference, own = variants.scorers_of(grpo, setup, learner, rows_per_forward=rows_per_forward)
+    temperature_at = partial(annealed, rollout, total=total)
+    ahead = open_ahead(setup, prompts, problems, sampler, judge, temperature_at=temperature_at, total=total)
     keeps_dead = bool(grpo.kl_coef or grpo.entropy_coef or cfg.loss)
 
-    def attempt(problems: list[Problem], *, step: int, temperature: float) -> tuple[Groups, Scores]:
-        # 1. Sample G completions of each prompt with the current policy.
+    def attempt(problems: list[Problem], *, step: int) -> tuple[Groups, Scores]:
+        # 1. Sample G completions of each prompt with the current policy,
+        judging = judge.begin()
         with setup.timer("rollout"):
-            groups = sampler.sample(problems, n=n, temperature=temperature, step=step)
+            groups = sampler.sample(
+                problems, n=n, temperature=temperature_at(step), step=step, on_rollout=judging.see
+            )
 
-        # 2. Judge them. NaN marks a completion that could not be scored.
+        # 2. and judge each as soon as it is there. NaN marks a completion that could not be scored.
         with setup.timer("reward"):
-            return groups, judge.score(groups)
+            return groups, judging.scores(groups)
 
     for step in setup.steps(total, evaluate=setup.accuracy_evaluator(sampler, judge, held_out)):
         metrics: dict[str, float] = {}
         if buffer.is_used_up:
-            temperature = annealed(rollout, step=step, total=total)
-            sampled = prompts.round(partial(attempt, step=step, temperature=temperature))
+            temperature = temperature_at(step)
+            sampled = prompts.round(partial(attempt, step=step)) if ahead is None else ahead.round(step)
             metrics |= setup.report_round(step, *sampled.everything) | sampled.metrics
             metrics["rollout/temperature"] = temperature
             groups, scores = sampled.groups, sampled.scores
@@ -158,7 +164,7 @@ def train(cfg: Settings, setup: Setup) -> None:
         setup.run.log(step, setup.train_metrics(metrics, batches))
 
 
-def annealed(rollout: RolloutSettings, *, step: int, total: int) -> float:
+def annealed(rollout: RolloutSettings, step: int, *, total: int) -> float:
     """Temperature of the round that starts at `step`: linear from the first round's to the last round's."""
     per_round = rollout.updates_per_round * rollout.epochs_per_round
     rounds, this = -(-total // per_round), (step - 1) // per_round

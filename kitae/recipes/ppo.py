@@ -150,11 +150,14 @@ def train(cfg: Settings, setup: Setup) -> None:
             temperature = annealed(cfg.rollout, step=step, total=total)
             with setup.timer("rollout"):
                 prompts, n = loader.take(), cfg.rollout.num_generations
-                groups = sampler.sample(prompts, n=n, temperature=temperature, step=step)
+                judging = judge.begin()
+                groups = sampler.sample(
+                    prompts, n=n, temperature=temperature, step=step, on_rollout=judging.see
+                )
 
-            # 2. Judge them. What could not be scored, or is masked, is out of everything that follows.
+            # 2. Judge each as soon as it is there. What could not be scored, or is masked, is out of what follows.
             with setup.timer("reward"):
-                scores = judge.score(groups)
+                scores = judging.scores(groups)
             rows = _ppo.to_rows(groups, scores, is_masking=cfg.rollout.mask_truncated, settings=cfg.ppo)
 
             # 3. What reference and critic say of each token, before any of them moves.

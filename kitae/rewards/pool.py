@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kitae.config import RewardSettings
@@ -61,6 +61,19 @@ class RewardPool:
     def score_iter(self, items: Sequence[tuple[str, Problem]]) -> Iterator[Score]:
         """The same one by one, in order, as they become known."""
         return self._threads.map(self._score, items)
+
+    def begin(self, item: tuple[str, Problem]) -> Future[Score]:
+        """Let the processes judge an item as soon as one of them is free; `finish` waits for it."""
+        return self._threads.submit(self._score, item)
+
+    def finish(self, items: Sequence[tuple[str, Problem]], begun: Sequence[Future[Score]]) -> list[Score]:
+        """The scores of `items`, which were begun one by one in any order: what `score` gives, errors included."""
+        assert len(items) == len(begun), (len(items), len(begun))
+        try:
+            return [future.result() for future in begun]
+        finally:  # after an error the others are of no use
+            for future in begun:
+                future.cancel()
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
         """Whether each answer is mathematically its gold answer, 1 or 0, by the rules of the reward `math`."""

@@ -7,6 +7,7 @@ K key-value heads, D head size, U tokens in use (the longest row's length).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,8 +41,10 @@ class Step(NamedTuple):
 class SlotCache:
     """The attention cache of GenericEngine; tell it what comes next with begin_prefill or begin_step."""
 
-    def __init__(self, *, num_slots: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Room for `num_slots` rows; none may become longer than `max_length` tokens."""
+    def __init__(
+        self, *, num_slots: int, max_length: int | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Room for `num_slots` rows; none may become longer than `max_length` tokens, where there is such a limit."""
         self._num_slots = num_slots
         self._max_length = max_length
         self._device = device
@@ -117,5 +120,5 @@ class SlotCache:
     def _require(self, tokens: int) -> None:
         """Grow by half when room is short, in whole steps of GROWTH, but not beyond the longest row there can be."""
         if tokens > self._capacity:
-            wanted = max(tokens, min(self._capacity * 3 // 2, self._max_length))
+            wanted = max(tokens, min(self._capacity * 3 // 2, self._max_length or sys.maxsize))
             self._capacity = -(-wanted // GROWTH) * GROWTH

@@ -17,7 +17,7 @@ from kitae.models.policy import Policy
 from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
-from kitae.rollout.packed import why_not_native
+from kitae.rollout.shapes import why_not_native
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,13 @@ def open_engine(
     stop_ids: Sequence[int],
     decode: Callable[[list[int]], str],
     max_rows: int,
+    load_copy: Callable[[], Policy] | None = None,
 ) -> Chosen:
-    """The engine for about this many sampled tokens; `setting` is the name of the user's setting that holds `wanted`."""
+    """The engine for about this many sampled tokens; `setting` is the name of the user's setting that holds `wanted`.
+
+    With `load_copy`, it can sample while the policy's weights change (background.py): a native engine keeps a copy of all
+    of them, a generic one gets a second policy.
+    """
     reason = None if wanted == "generic" else _why_not(policy, wanted=wanted, tokens=expected_tokens)
     if wanted != "generic" and reason is None:
         try:
@@ -63,7 +68,12 @@ def open_engine(
                 str(policy.dtype).removeprefix("torch."),
             )
             native = NativeEngine(
-                policy, kernels=kernels, stop_ids=stop_ids, decode=decode, max_rows=max_rows
+                policy,
+                kernels=kernels,
+                stop_ids=stop_ids,
+                decode=decode,
+                max_rows=max_rows,
+                shares_embedding=load_copy is None,
             )
             return Chosen(native, "native")
     if wanted == "native":
@@ -72,7 +82,8 @@ def open_engine(
         )
     if reason is not None:
         log.info("rollouts: not the native engine: %s", reason)
-    return Chosen(GenericEngine(policy, stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
+    own = policy if load_copy is None else load_copy()
+    return Chosen(GenericEngine(own, stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
 
 
 def _why_not(policy: Policy, *, wanted: str, tokens: float) -> str | None:

@@ -3,28 +3,24 @@
     admit groups -> prefill their prompts, packed -> first tokens -> one step for all rows -> tokens -> retire ...
 
 A prompt is computed once for its group. A step is one packed row of one-token rows, and only the last positions
-reach the vocabulary head. Where the attention seam is off, the model's own cache is used, one group at a time.
+reach the vocabulary head. Where the attention seam is off, plain.py uses the model's own cache, group by group.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kitae.config import SamplingSettings
-from kitae.errors import NonFiniteError
 from kitae.models.policy import Policy
-from kitae.rollout.base import OnTokens, Request, as_rollout, check_lengths, make_requests
+from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
 from kitae.rollout.cache import Prompt, SlotCache
-from kitae.rollout.sampling import draw
+from kitae.rollout.plain import PlainRows, eval_mode
 from kitae.rollout.scheduler import Scheduler, round_up_rows
+from kitae.rollout.session import Rows, Session, sample_all
 from kitae.types import Packing, Problem, Rollout, Segment
 
 log = logging.getLogger(__name__)
@@ -51,7 +47,7 @@ class GenericEngine:
             )
         else:
             log.info(
-                "rollouts: generic engine, one group at a time with the model's own cache (the attention seam is "
+                "rollouts: generic engine, group by group with the model's own cache (the attention seam is "
                 "off for %s)",
                 policy.causal_lm.config.model_type,
             )
@@ -67,58 +63,54 @@ class GenericEngine:
         sampling: SamplingSettings,
         seed: int,
         on_tokens: OnTokens | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         """See RolloutEngine."""
         limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return self.generate_up_to(
-            limits, problems=problems, sampling=sampling, seed=seed, on_tokens=on_tokens
+        return sample_all(
+            self,
+            limits,
+            problems=problems,
+            sampling=sampling,
+            seed=seed,
+            on_tokens=on_tokens,
+            on_rollout=on_rollout,
         )
 
-    @torch.no_grad()
-    def generate_up_to(
-        self,
-        limits: Sequence[Sequence[int]],
-        *,
-        problems: Sequence[Problem],
-        sampling: SamplingSettings,
-        seed: int,
-        on_tokens: OnTokens | None = None,
-    ) -> list[list[Rollout]]:
-        """As generate, with a limit of its own per completion: limits[p][s] tokens for sample s of problem p."""
-        config = self.policy.causal_lm.config.get_text_config()
-        check_lengths(problems, limits, context=getattr(config, "max_position_embeddings", None))
-        groups = make_requests(problems, limits, sampling=sampling, seed=seed)
-        run = self._run_packed if self.policy.seams.attention else self._run_plain
-        with _eval_mode(self.policy):
-            run(groups, _Call(problems, sampling, on_tokens))
-        return [
-            [as_rollout(r, problem, stop_ids=self.stop_ids, decode=self.decode) for r in group]
-            for problem, group in zip(problems, groups, strict=True)
-        ]
+    generate_up_to = sample_all
 
-    def _run_packed(self, groups: Sequence[Sequence[Request]], call: _Call) -> None:
-        scheduler = Scheduler(groups, max_rows=min(self.max_rows, max(1, sum(map(len, groups)))))
-        device = self.policy.device
+    def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
+        """See LocalEngine."""
+        scheduler = Scheduler(max_rows=max_rows or self.max_rows)
+        context = getattr(self.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        rows: Rows
+        if self.policy.seams.attention:
+            rows = PackedRows(
+                self.policy, num_slots=scheduler.num_slots, longest=longest or context, stop_ids=self.stop_ids
+            )
+        else:
+            rows = PlainRows(self.policy, stop_ids=self.stop_ids)
+        return Session(rows, scheduler, decode=self.decode, context=context)
+
+
+class PackedRows:
+    """Rows that the attention seam runs side by side, one packed row of one-token rows a step."""
+
+    def __init__(
+        self, policy: Policy, *, num_slots: int, longest: int | None, stop_ids: frozenset[int]
+    ) -> None:
+        self._policy, self._stop_ids = policy, stop_ids
         # bfloat16 products of one row with its keys are slower than float32 ones on a CPU.
-        dtype = torch.float32 if device.type == "cpu" else self.policy.dtype
-        max_length = max((r.prompt_length + r.max_new_tokens for group in groups for r in group), default=0)
-        cache = SlotCache(num_slots=scheduler.num_slots, max_length=max_length, device=device, dtype=dtype)
-        while not scheduler.is_done:
-            while entering := scheduler.admit():
-                self._prefill(entering, cache, call)
-                scheduler.retire()
-            cache.move(scheduler.compact())
-            if scheduler.running:
-                self._step(scheduler, cache, call)
-                scheduler.retire()
+        dtype = torch.float32 if policy.device.type == "cpu" else policy.dtype
+        self._cache = SlotCache(num_slots=num_slots, max_length=longest, device=policy.device, dtype=dtype)
 
-    def _prefill(self, groups: list[list[Request]], cache: SlotCache, call: _Call) -> None:
-        """Compute each group's prompt once, and sample the first token of all its rows."""
+    def enter(self, groups: list[list[Request]]) -> None:
+        """See Rows."""
         ids: list[int] = []
         positions: list[int] = []
         prompts: list[Prompt] = []
         for group in groups:
-            prompt = call.problems[group[0].problem_number].token_ids
+            prompt = group[0].problem.token_ids
             prompts.append(Prompt(len(ids), len(prompt), [r.slot for r in group]))
             ids += prompt
             positions += range(len(prompt))
@@ -126,94 +118,45 @@ class GenericEngine:
         packing = Packing(
             segments=[Segment(p.start, p.length) for p in prompts], num_tokens=len(ids) + len(padding)
         )
-        cache.begin_prefill(prompts)
-        hidden_TH = self.policy.hidden(
-            self._tensor(ids + padding), self._tensor(positions + padding), packing, cache=cache
-        )
+        self._cache.begin_prefill(prompts)
         last_tokens = [p.start + p.length - 1 for p in prompts for _ in p.slots]
-        self._sample(hidden_TH, last_tokens, [r for group in groups for r in group], call)
+        requests = [r for group in groups for r in group]
+        self._draw(ids + padding, positions + padding, packing, last_tokens, requests)
 
-    def _step(self, scheduler: Scheduler, cache: SlotCache, call: _Call) -> None:
+    def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
         """One more token of every running row. A slot without a row computes a token nobody reads."""
+        self._cache.move(scheduler.compact())
         width = scheduler.width
         ids, positions = [0] * width, [0] * width
         for request in scheduler.running:
             ids[request.slot] = request.token_ids[-1]
             positions[request.slot] = request.length - 1
         packing = Packing(segments=[Segment(i, 1) for i in range(width)], num_tokens=width)
-        cache.begin_step(positions)
-        hidden_BH = self.policy.hidden(self._tensor(ids), self._tensor(positions), packing, cache=cache)
-        self._sample(hidden_BH, [r.slot for r in scheduler.running], scheduler.running, call)
+        self._cache.begin_step(positions)
+        self._draw(ids, positions, packing, [r.slot for r in scheduler.running], scheduler.running)
 
-    def _sample(
-        self, hidden_TH: Tensor, places: Sequence[int], requests: Sequence[Request], call: _Call
+    def leave(self, request: Request) -> None:
+        """The next row that gets its slot overwrites it."""
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        ids: list[int],
+        positions: list[int],
+        packing: Packing,
+        places: list[int],
+        requests: list[Request],
     ) -> None:
-        """The next token of each request, whose last hidden state lies at the same index's place."""
-        for first in range(0, len(requests), ROWS_PER_HEAD):
-            rows = slice(first, first + ROWS_PER_HEAD)
-            here = list(places[rows])
-            padding = [here[-1]] * (round_up_rows(len(here)) - len(here))
-            logits_BV = self.policy.logits(hidden_TH[self._tensor(here + padding)])
-            self._draw(logits_BV[: len(here)], requests[rows], call)
+        """Compute the packed tokens, and each request's next one from the hidden state at the same index's place."""
+        with eval_mode(self._policy):
+            tensors = self._tensor(ids), self._tensor(positions)
+            hidden_TH = self._policy.hidden(*tensors, packing, cache=self._cache)
+            for first in range(0, len(requests), ROWS_PER_HEAD):
+                rows = slice(first, first + ROWS_PER_HEAD)
+                here = places[rows]
+                padding = [here[-1]] * (round_up_rows(len(here)) - len(here))
+                logits_BV = self._policy.logits(hidden_TH[self._tensor(here + padding)])
+                draw_tokens(logits_BV[: len(here)], requests[rows], stop_ids=self._stop_ids)
 
-    def _draw(self, logits_BV: Tensor, requests: Sequence[Request], call: _Call) -> None:
-        sampled = draw(
-            logits_BV,
-            sampling=call.sampling,
-            uniforms=[r.uniforms.random() for r in requests],
-            histories=[r.history for r in requests],
-        )
-        for row, request in enumerate(requests):
-            if not math.isfinite(sampled.logprobs[row]):
-                raise NonFiniteError(
-                    f"the model's logits are not finite after {request.length} tokens of prompt "
-                    f"{request.problem_number}: the weights are broken (a learning rate too high?) or overflow "
-                    f"{self.policy.dtype}"
-                )
-            request.add(sampled, row, stop_ids=self.stop_ids)
-            if call.on_tokens is not None:
-                call.on_tokens(request.problem_number, request.sample_number, request.token_ids[-1:])
-
-    def _run_plain(self, groups: Sequence[Sequence[Request]], call: _Call) -> None:
-        """One group at a time through the model's own cache; its rows are equally long, so nothing is padded."""
-        for group in groups:
-            for first in range(0, len(group), self.max_rows):
-                self._run_plain_rows(group[first : first + self.max_rows], call)
-
-    def _run_plain_rows(self, rows: Sequence[Request], call: _Call) -> None:
-        ids_BT = self._tensor(call.problems[rows[0].problem_number].token_ids).expand(len(rows), -1)
-        name = _cache_name(self.policy.causal_lm)
-        cache = None
-        while unfinished := [i for i, r in enumerate(rows) if r.finish_reason is None]:
-            out = self.policy.causal_lm(input_ids=ids_BT, use_cache=True, logits_to_keep=1, **{name: cache})
-            cache = out[name]
-            self._draw(out.logits[unfinished, -1].float(), [rows[i] for i in unfinished], call)
-            ids_BT = self._tensor([[r.token_ids[-1]] for r in rows])
-
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(values, device=self.policy.device)
-
-
-class _Call(NamedTuple):
-    """The arguments of one generate()."""
-
-    problems: Sequence[Problem]
-    sampling: SamplingSettings
-    on_tokens: OnTokens | None
-
-
-def _cache_name(causal_lm: nn.Module) -> str:
-    """What this model and transformers version call the argument and output that hold the cache."""
-    parameters = inspect.signature(causal_lm.forward).parameters
-    return next(name for name in ("cache", "past_key_values", "cache_params") if name in parameters)
-
-
-@contextmanager
-def _eval_mode(policy: Policy) -> Iterator[None]:
-    """No dropout while sampling; the policy's mode comes back."""
-    was_training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(was_training)
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self._policy.device)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kitae.config import SamplingSettings
 from kitae.errors import ConfigError, EndpointError
-from kitae.rollout.base import OnTokens, request_seed
+from kitae.rollout.base import OnRollout, OnTokens, request_seed
 from kitae.types import FinishReason, Problem, Rollout
 
 log = logging.getLogger(__name__)
@@ -142,14 +142,17 @@ class HttpEngine:
         sampling: SamplingSettings,
         seed: int,
         on_tokens: OnTokens | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
-        """See RolloutEngine; on_tokens is never called, since no tokens are sent."""
+        """See RolloutEngine; on_tokens is never called, since no tokens are sent, and on_rollout from several threads."""
         groups: list[list[Rollout | None]] = [[None] * n for _ in problems]
         wanted = [(place, sample) for place in range(len(problems)) for sample in range(n)]
 
         def ask(item: tuple[int, int]) -> None:
             place, sample = item
-            groups[place][sample] = self.ask(problems[place], sample, sampling=sampling, seed=seed)
+            groups[place][sample] = rollout = self.ask(problems[place], sample, sampling=sampling, seed=seed)
+            if on_rollout is not None:
+                on_rollout(place, sample, rollout)
 
         for _ in self.each(wanted, ask):
             pass

@@ -1,4 +1,4 @@
-"""Sampling with kitae's own kernels: the dense decoders of Qwen2, Qwen3 and Llama on a CPU.
+"""Sampling with kitae's own kernels: the decoders of Qwen2, Qwen3, Llama and DeepSeek on a CPU.
 
     admit groups -> prefill their prompts -> share pages -> first tokens -> up to 16 steps a call -> retire ...
 
@@ -9,33 +9,31 @@ Layouts and phases are described in kernels/.
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kitae.config import SamplingSettings
-from kitae.errors import NonFiniteError
 from kitae.models.policy import Policy
 from kitae.rollout import structs
-from kitae.rollout.base import OnTokens, Request, as_rollout, check_lengths, make_requests
-from kitae.rollout.packed import BLOCK, PackedModel
+from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.packed import PackedModel
 from kitae.rollout.pages import PAGE, Pages
-from kitae.rollout.sampling import Draw, draw
 from kitae.rollout.scheduler import Scheduler
+from kitae.rollout.scratch import make_scratch
+from kitae.rollout.session import STREAM_S, Session, sample_all
 from kitae.rollout.structs import pointer
 from kitae.types import Problem, Rollout
 
 STEPS_PER_CALL = 16
 """Decode steps before Python looks; a call ends early when a row does."""
-STREAM_S = 0.1
-"""Somebody who reads along sees new tokens about this often."""
 PREFILL_TOKENS = 256
 """Prompt tokens of one pass."""
+LONGEST = 1 << 17
+"""A row's most tokens, where neither the caller nor the model knows; only a first guess at memory depends on it."""
 
 
 class NativeEngine:
@@ -49,18 +47,21 @@ class NativeEngine:
         stop_ids: Sequence[int],
         decode: Callable[[list[int]], str],
         max_rows: int,
+        shares_embedding: bool = True,
     ) -> None:
+        """Without `shares_embedding`, nothing of the policy is read between two calls of sync()."""
         self.policy = policy
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode
         self.max_rows = max_rows
         self._kernels = structs.declare(kernels)
+        self._shares_embedding = shares_embedding
         self._model: PackedModel | None = None
 
     def sync(self) -> None:
         """See RolloutEngine."""
         if self._model is None:
-            self._model = PackedModel(self.policy)
+            self._model = PackedModel(self.policy, shares_embedding=self._shares_embedding)
         self._model.take(self.policy)
 
     def generate(
@@ -71,125 +72,90 @@ class NativeEngine:
         sampling: SamplingSettings,
         seed: int,
         on_tokens: OnTokens | None = None,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         """See RolloutEngine."""
         limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return self.generate_up_to(
-            limits, problems=problems, sampling=sampling, seed=seed, on_tokens=on_tokens
+        return sample_all(
+            self,
+            limits,
+            problems=problems,
+            sampling=sampling,
+            seed=seed,
+            on_tokens=on_tokens,
+            on_rollout=on_rollout,
         )
 
-    @torch.no_grad()
-    def generate_up_to(
-        self,
-        limits: Sequence[Sequence[int]],
-        *,
-        problems: Sequence[Problem],
-        sampling: SamplingSettings,
-        seed: int,
-        on_tokens: OnTokens | None = None,
-    ) -> list[list[Rollout]]:
-        """As generate, with a limit of its own per completion: limits[p][s] tokens for sample s of problem p."""
-        check_lengths(problems, limits, context=getattr(self.policy.config, "max_position_embeddings", None))
-        groups = make_requests(problems, limits, sampling=sampling, seed=seed)
+    generate_up_to = sample_all
+
+    def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
+        """See LocalEngine."""
         if self._model is None:
             self.sync()
         assert self._model is not None
-        if any(groups):
-            _Round(
-                groups,
-                call=_Call(problems, sampling, on_tokens, self.stop_ids),
-                model=self._model,
-                kernels=self._kernels,
-                max_rows=min(self.max_rows, sum(map(len, groups))),
-            ).run()
-        return [
-            [as_rollout(r, problem, stop_ids=self.stop_ids, decode=self.decode) for r in group]
-            for problem, group in zip(problems, groups, strict=True)
-        ]
+        max_rows = max_rows or self.max_rows
+        context = getattr(self.policy.config, "max_position_embeddings", None)
+        expected = max_rows * -(-(longest or context or LONGEST) // PAGE)
+        rows = NativeRows(
+            self._model,
+            Pages(self._model, expected=expected),
+            kernels=self._kernels,
+            max_rows=max_rows,
+            stop_ids=self.stop_ids,
+        )
+        return Session(rows, Scheduler(max_rows=max_rows), decode=self.decode, context=context)
 
 
-class _Call(NamedTuple):
-    """The arguments of one generate()."""
-
-    problems: Sequence[Problem]
-    sampling: SamplingSettings
-    on_tokens: OnTokens | None
-    stop_ids: frozenset[int]
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether sampling.draw has to see every step's logits, for penalties or a set of tokens kept."""
-        s = self.sampling
-        is_truncated = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
-        return is_truncated or s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+def needs_logits(request: Request) -> bool:
+    """Whether draw_tokens has to see every step's logits: for penalties, a set of tokens kept, or the likeliest ones."""
+    s = request.sampling
+    is_truncated = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
+    has_penalty = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+    return is_truncated or has_penalty or request.num_top_logprobs > 0
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A request while it runs."""
-
-    request: Request
-    pages: list[int]
-    ahead: list[float] = field(default_factory=list)
-    """Numbers drawn for steps that were not taken."""
-
-    def uniforms(self, count: int) -> list[float]:
-        """Its next random numbers; those that are used up must be taken off."""
-        draw_one = self.request.uniforms.random
-        self.ahead += [draw_one() for _ in range(count - len(self.ahead))]
-        return self.ahead[:count]
-
-
-class _Round:
-    """One generate() under way: rows, their pages, and the arrays the kernels work on."""
+class NativeRows:
+    """Rows whose keys and values lie in pages, and the arrays the kernels work on; see Rows in session.py."""
 
     def __init__(
         self,
-        groups: Sequence[Sequence[Request]],
-        *,
-        call: _Call,
         model: PackedModel,
+        pages: Pages,
+        *,
         kernels: ctypes.CDLL,
         max_rows: int,
+        stop_ids: frozenset[int],
     ) -> None:
-        self._call, self._model, self._kernels = call, model, kernels
-        longest = max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
-        model.require_positions(longest)
-        self._scheduler = Scheduler(groups, max_rows=max_rows)
-        self._pages_per_row = -(-longest // PAGE)
-        self._pages = Pages(model, expected=max_rows * self._pages_per_row)
-        self._rows: dict[Request, _Row] = {}
-        self._scratch, self._logits_BV, self._buffers = _make_scratch(model, max_rows=max_rows)
-        self._stop_ids = torch.tensor(sorted(call.stop_ids), dtype=torch.int64)
+        self._model, self._pages, self._kernels = model, pages, kernels
+        self._pages_of: dict[Request, list[int]] = {}
+        self._scratch, self._logits_BV, self._buffers = make_scratch(
+            model, tokens=max(max_rows, PREFILL_TOKENS), logits=max_rows
+        )
+        self._stop_ids = stop_ids
+        self._stop_ids_tensor = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self._is_bf16 = int(model.dtype == torch.bfloat16)
         self._threads = torch.get_num_threads()
         self._step_s = STREAM_S  # of the last call; the first one takes one step
 
-    def run(self) -> None:
-        scheduler = self._scheduler
-        while not scheduler.is_done:
-            while entering := scheduler.admit():
-                self._enter(entering)
-                self._retire()
-            if scheduler.running:
-                self._decode()
-                self._retire()
-
-    def _retire(self) -> None:
-        for request in self._scheduler.retire():
-            self._pages.give_back(self._rows.pop(request).pages)
+    def leave(self, request: Request) -> None:
+        """See Rows."""
+        self._pages.give_back(self._pages_of.pop(request))
 
     # prompts --------------------------------------------------------------------------------------------------
 
-    def _enter(self, groups: list[list[Request]]) -> None:
+    @torch.no_grad()
+    def enter(self, groups: list[list[Request]]) -> None:
         """Compute each group's prompt once, share its pages, and sample the first token of all its rows."""
-        prompts = [self._call.problems[group[0].problem_number].token_ids for group in groups]
+        self._model.require_positions(
+            max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
+        )
+        prompts = [group[0].problem.token_ids for group in groups]
         tables = [self._pages.take(-(-len(prompt) // PAGE)) for prompt in prompts]
         self._prefill(prompts, tables)
         requests = [request for group in groups for request in group]
         logits_row = [number for number, group in enumerate(groups) for _ in group]
         self._share(groups, prompts, tables)
-        self._first_tokens(requests, logits_row)
+        self._draw(requests, logits_row)
 
     def _prefill(self, prompts: list[list[int]], tables: list[list[int]]) -> None:
         """Fill the prompts' pages; the logits of each prompt's last token are in its row afterwards."""
@@ -215,50 +181,57 @@ class _Round:
         for group, prompt, table in zip(groups, prompts, tables, strict=True):
             num_full = len(prompt) // PAGE
             self._pages.share(table[:num_full], readers=len(group) - 1)
-            self._rows[group[0]] = _Row(group[0], table)
+            self._pages_of[group[0]] = table
             for request in group[1:]:
                 own = self._pages.take(len(table) - num_full)
                 source += table[num_full:]
                 target += own
-                self._rows[request] = _Row(request, table[:num_full] + own)
+                self._pages_of[request] = table[:num_full] + own
         self._pages.copy(source, target)
 
-    def _first_tokens(self, requests: list[Request], logits_row: list[int]) -> None:
-        if self._call.needs_logits:
-            self._draw(self._logits_BV[logits_row], requests)
-            return
-        uniforms = [self._rows[r].uniforms(1) for r in requests]
-        buffers = _SamplingBuffers(uniforms, self._call, self._stop_ids)
-        row_of = torch.tensor(logits_row, dtype=torch.int32)
-        self._kernels.kitae_sample(
-            self._model.struct, self._scratch, pointer(row_of), len(requests), buffers.struct
-        )
-        self._add(buffers, requests, num_steps=1)
+    def _draw(self, requests: list[Request], logits_row: list[int]) -> None:
+        """Draw each request's token from its row of logits; one row may serve several requests."""
+        chosen = [i for i, request in enumerate(requests) if needs_logits(request)]
+        if chosen:
+            logits_BV = self._logits_BV[[logits_row[i] for i in chosen]]
+            draw_tokens(logits_BV, [requests[i] for i in chosen], stop_ids=self._stop_ids)
+        plain = [i for i, request in enumerate(requests) if not needs_logits(request)]
+        if plain:
+            here = [requests[i] for i in plain]
+            buffers = _SamplingBuffers(here, steps=1, stop_ids=self._stop_ids_tensor)
+            row_of = torch.tensor([logits_row[i] for i in plain], dtype=torch.int32)
+            self._kernels.kitae_sample(
+                self._model.struct, self._scratch, pointer(row_of), len(here), buffers.struct
+            )
+            self._add(buffers, here, num_steps=1)
 
     # completions ----------------------------------------------------------------------------------------------
 
-    def _decode(self) -> None:
-        """The next tokens of every running row."""
-        requests = self._scheduler.running
-        most = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in requests))
-        if self._call.on_tokens is not None:
-            most = min(most, max(1, int(STREAM_S / self._step_s)))
-        steps = 1 if self._call.needs_logits else most
-        rows = [self._rows[r] for r in requests]
-        for row in rows:  # the token fed at step k lies at position length - 1 + k
-            missing = -(-(row.request.length - 1 + steps) // PAGE) - len(row.pages)
-            row.pages += self._pages.take(max(missing, 0))
+    @torch.no_grad()
+    def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
+        """The next tokens of every running row, up to the first that ends."""
+        requests = scheduler.running
+        steps = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in requests))
+        if within_s is not None:
+            steps = min(steps, max(1, int(within_s / self._step_s)))
+        by_kernel = not any(map(needs_logits, requests))
+        if not by_kernel:
+            steps = 1
+        for request in requests:  # the token fed at step k lies at position length - 1 + k
+            own = self._pages_of[request]
+            own += self._pages.take(max(-(-(request.length - 1 + steps) // PAGE) - len(own), 0))
+        tables = [self._pages_of[request] for request in requests]
         tokens = _tokens(
             torch.tensor([r.token_ids[-1] for r in requests]),
             torch.tensor([r.length - 1 for r in requests], dtype=torch.int32),
-            _as_table([row.pages for row in rows], width=self._pages_per_row),
-            torch.arange(len(rows), dtype=torch.int32),
+            _as_table(tables, width=max(map(len, tables))),
+            torch.arange(len(requests), dtype=torch.int32),
         )
-        if self._call.needs_logits:
+        if not by_kernel:
             self._forward(tokens, tokens.table_of, at=0)
-            self._draw(self._logits_BV[: len(requests)].contiguous(), requests)
+            self._draw(requests, list(range(len(requests))))
             return
-        buffers = _SamplingBuffers([row.uniforms(steps) for row in rows], self._call, self._stop_ids)
+        buffers = _SamplingBuffers(requests, steps=steps, stop_ids=self._stop_ids_tensor)
         began = time.perf_counter()
         done = self._kernels.kitae_decode(
             self._model.struct, self._scratch, tokens.struct, buffers.struct, self._is_bf16, self._threads
@@ -278,35 +251,14 @@ class _Round:
             self._threads,
         )
 
-    def _draw(self, logits_BV: Tensor, requests: Sequence[Request]) -> None:
-        sampled = draw(
-            logits_BV,
-            sampling=self._call.sampling,
-            uniforms=[r.uniforms.random() for r in requests],
-            histories=[r.history for r in requests],
-        )
-        for row, request in enumerate(requests):
-            self._add_one(request, sampled, row)
-
     def _add(self, buffers: _SamplingBuffers, requests: Sequence[Request], *, num_steps: int) -> None:
-        for request in requests:
-            del self._rows[request].ahead[:num_steps]
-        ids, logprobs = buffers.ids[:num_steps].tolist(), buffers.logprobs[:num_steps].tolist()
-        for step in range(num_steps):
-            sampled = Draw(ids[step], logprobs[step], None)
-            for row, request in enumerate(requests):
-                self._add_one(request, sampled, row)
-
-    def _add_one(self, request: Request, sampled: Draw, row: int) -> None:
-        if not math.isfinite(sampled.logprobs[row]):
-            raise NonFiniteError(
-                f"the model's logits are not finite after {request.length} tokens of prompt "
-                f"{request.problem_number}: the weights are broken (a learning rate too high?) or overflow "
-                f"{self._model.dtype}"
-            )
-        request.add(sampled, row, stop_ids=self._call.stop_ids)
-        if self._call.on_tokens is not None:
-            self._call.on_tokens(request.problem_number, request.sample_number, request.token_ids[-1:])
+        """Hand each request its tokens; those behind a stop string are dropped."""
+        ids, logprobs = buffers.ids[:num_steps].t().tolist(), buffers.logprobs[:num_steps].t().tolist()
+        for request, own_ids, own_logprobs in zip(requests, ids, logprobs, strict=True):
+            request.uniforms.take(num_steps)
+            for token, logprob in zip(own_ids, own_logprobs, strict=True):
+                if request.finish_reason is None:
+                    request.add(token, logprob, stop_ids=self._stop_ids)
 
 
 class _TokenBuffers(NamedTuple):
@@ -334,16 +286,17 @@ def _tokens(ids: Tensor, positions: Tensor, tables: Tensor, table_of: Tensor) ->
 class _SamplingBuffers:
     """A Sampling struct, and the tensors it points at: [steps, rows] each."""
 
-    def __init__(self, uniforms: list[list[float]], call: _Call, stop_ids: Tensor) -> None:
-        """`uniforms`: each row's numbers for all steps."""
+    def __init__(self, requests: Sequence[Request], *, steps: int, stop_ids: Tensor) -> None:
+        uniforms = [request.uniforms.peek(steps) for request in requests]
         self._uniforms = torch.tensor(uniforms, dtype=torch.float64).t().contiguous()
+        self._temperatures = torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32)
         self._stop_ids = stop_ids
         self.ids = torch.empty(self._uniforms.shape, dtype=torch.int64)
         self.logprobs = torch.empty(self._uniforms.shape, dtype=torch.float32)
         self.struct = structs.Sampling(
-            steps=len(self._uniforms),
+            steps=steps,
             uniforms=pointer(self._uniforms),
-            temperature=call.sampling.temperature,
+            temperatures=pointer(self._temperatures),
             ids=pointer(self.ids),
             logprobs=pointer(self.logprobs),
             stop_ids=pointer(stop_ids),
@@ -354,29 +307,3 @@ class _SamplingBuffers:
 def _as_table(pages: list[list[int]], *, width: int) -> Tensor:
     """Page numbers [rows, width]; what a row has not is 0 and not read."""
     return torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32)
-
-
-def _make_scratch(model: PackedModel, *, max_rows: int) -> tuple[structs.Scratch, Tensor, list[Tensor]]:
-    """Room for a pass; its logits [max_rows, vocabulary]; and the tensors that must live as long."""
-    rows = max(max_rows, PREFILL_TOKENS)
-    layer = model.layers[0]
-    widths = {
-        "hidden": -(-model.hidden_size // BLOCK) * BLOCK,
-        "qkv": layer.qkv.columns,
-        "attended": model.query_heads * model.head_size,
-        "activated": layer.gate_up.columns // 2,
-        "logits": model.struct.head.columns,
-    }
-    buffers = {
-        "hidden": torch.empty(rows, widths["hidden"]),
-        "normed": torch.empty(rows, widths["hidden"], dtype=model.dtype),
-        "qkv": torch.empty(rows, widths["qkv"]),
-        "attended": torch.empty(rows, widths["attended"], dtype=model.dtype),
-        "activated": torch.empty(rows, widths["activated"], dtype=model.dtype),
-        "logits": torch.empty(max_rows, widths["logits"]),
-    }
-    struct = structs.Scratch(
-        **{name: pointer(buffer) for name, buffer in buffers.items()},
-        **{f"{name}_stride": width for name, width in widths.items()},
-    )
-    return struct, buffers["logits"][:, : model.vocabulary], list(buffers.values())

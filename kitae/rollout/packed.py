@@ -1,4 +1,4 @@
-"""A policy's weights as the kernels read them (kernels/model.h), and which policies have that form.
+"""A policy's weights as the kernels read them (kernels/model.h).
 
 The copy is made once and overwritten in place after every update. A LoRA adapter is added to its layer in float32 and
 rounded once to the compute dtype. Dimension key: N outputs, K inputs of a linear layer.
@@ -6,61 +6,44 @@ rounded once to the compute dtype. Dimension key: N outputs, K inputs of a linea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kitae.models.policy import Policy
 from kitae.rollout import structs
+from kitae.rollout.merged import bias_of, merged_experts, merged_weight
+from kitae.rollout.shapes import (
+    BLOCK,
+    LANES,
+    compute_dtype,
+    head_size,
+    latent_sizes,
+    mlp_linears,
+    routing,
+)
 from kitae.rollout.structs import pointer
 
-MODEL_TYPES = ("qwen2", "qwen3", "llama")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary scaling whose angles depend on the position alone."""
-BLOCK = 64
-"""Output columns that lie together."""
-LANES = 16
 POSITIONS = 1024
 """The table of angles grows by this many positions."""
-
-
-def why_not_native(policy: Policy) -> str | None:
-    """Why the kernels cannot run this policy, or None where they can."""
-    config: Any = policy.config
-    if policy.device.type != "cpu":
-        return f"it runs on {policy.device.type}, and the kernels are for CPUs"
-    if policy.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in {str(policy.dtype).removeprefix('torch.')}"
-    if config.model_type not in MODEL_TYPES:
-        return f"{config.model_type} is none of {', '.join(MODEL_TYPES)}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "some of its layers attend in a window"
-    if not policy.seams.attention:
-        return "model.seams.attention is off"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    rope = policy.causal_lm.get_decoder().rotary_emb
-    if rope.rope_type not in ROPE_TYPES:
-        return f"its rotary embedding is {rope.rope_type}"
-    size = _head_size(config)
-    if size % LANES or 2 * rope.inv_freq.numel() != size:
-        return f"its head size is {size}, which {LANES} does not divide, or only a part of it is rotated"
-    return next(filter(None, map(_why_not_linear, _linears(policy))), None)
 
 
 class PackedModel:
     """The packed weights, and `struct`, which points at them."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, shares_embedding: bool = True) -> None:
+        """`shares_embedding`: the policy's own embedding is read where it can be; else all is as it was at `take`."""
         config: Any = policy.config
-        self.dtype = policy.dtype
+        self._shares_embedding = shares_embedding
+        self.dtype = compute_dtype(policy)
+        self._angles_dtype = policy.dtype
         self.hidden_size: int = config.hidden_size
         self.query_heads: int = config.num_attention_heads
         self.key_heads: int = config.num_key_value_heads
-        self.head_size = _head_size(config)
+        self.head_size = head_size(config)
         self.vocabulary: int = policy.causal_lm.get_output_embeddings().weight.shape[0]
         self.layers = (structs.Layer * len(policy.layers))()
         self._tensors: dict[str, Tensor] = {}
@@ -77,6 +60,8 @@ class PackedModel:
             vocabulary=self.vocabulary,
             norm_epsilon=first.input_layernorm.variance_epsilon,
             attention_scale=first.self_attn.scaling,
+            latent=latent_sizes(policy),
+            routing=routing(policy),
         )
 
     @torch.no_grad()
@@ -84,11 +69,17 @@ class PackedModel:
         """Copy the policy's present weights; they must be whole on this rank."""
         for number, (layer, block) in enumerate(zip(self.layers, policy.layers, strict=True)):
             attention: Any = block.self_attn
-            mlp: Any = block.mlp
-            layer.qkv = self._matrix(f"{number}.qkv", [attention.q_proj, attention.k_proj, attention.v_proj])
+            if self.struct.latent.latent:
+                layer.latent = self._latent(f"{number}.latent", attention, policy.config)
+            else:
+                projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+                layer.qkv = self._matrix(f"{number}.qkv", projections)
             layer.out = self._matrix(f"{number}.out", [attention.o_proj])
-            layer.gate_up = self._matrix(f"{number}.gate_up", [mlp.gate_proj, mlp.up_proj], interleave=True)
-            layer.down = self._matrix(f"{number}.down", [mlp.down_proj])
+            if (linears := mlp_linears(block.mlp)) is not None:
+                layer.gate_up = self._matrix(f"{number}.gate_up", linears[:2], interleave=True)
+                layer.down = self._matrix(f"{number}.down", linears[2:])
+            if hasattr(block.mlp, "experts"):
+                layer.experts = self._experts(f"{number}.experts", block.mlp)
             layer.attention_norm = self._norm(f"{number}.attention_norm", block.input_layernorm)
             layer.mlp_norm = self._norm(f"{number}.mlp_norm", block.post_attention_layernorm)
             if hasattr(attention, "q_norm"):  # Qwen3
@@ -104,7 +95,9 @@ class PackedModel:
             return
         self._num_positions = -(-count // POSITIONS) * POSITIONS
         positions = torch.arange(self._num_positions)[None]
-        angles = self._rotary(torch.zeros(1, dtype=self.dtype), positions)
+        angles = self._rotary(torch.zeros(1, dtype=self._angles_dtype), positions)
+        if isinstance(angles, Tensor):  # DeepSeek-V2 makes complex numbers of them
+            angles = (angles.real, angles.imag)
         half = self.head_size // 2
         for name, table in zip(("cosines", "sines"), angles, strict=True):
             self._tensors[name] = table[0, :, :half].float().contiguous()
@@ -113,22 +106,79 @@ class PackedModel:
     def _matrix(self, name: str, linears: Sequence[Any], *, interleave: bool = False) -> structs.Matrix:
         """Linear layers of the same input, one below the other or (gates and ups) 32 columns in turn."""
         weights = [merged_weight(linear) for linear in linears]
-        biases = [_bias(linear) for linear in linears]
+        biases = [bias_of(linear) for linear in linears]
         has_bias = any(bias is not None for bias in biases)
         if has_bias:
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
         weight_NK = _interleaved(weights) if interleave else torch.cat(weights)
-        columns, depth, q = _round_up(weight_NK.shape[0], BLOCK), weight_NK.shape[1], self._q
-        depth = _round_up(depth, q)
-        weight_NK = F.pad(weight_NK, (0, depth - weight_NK.shape[1], 0, columns - weight_NK.shape[0]))
-        packed = self._tensor(name, (columns // BLOCK, depth // q, BLOCK, q), self.dtype)
-        packed.copy_(weight_NK.view(columns // BLOCK, BLOCK, depth // q, q).permute(0, 2, 1, 3))
         bias_N = None
         if has_bias:
-            joined = _interleaved(biases) if interleave else torch.cat(biases)  # type: ignore[arg-type]
-            bias_N = self._tensor(f"{name}.bias", (columns,), torch.float32)
-            bias_N[: len(joined)] = joined
-        return structs.Matrix(pointer(packed), pointer(bias_N), columns, depth)
+            bias_N = _interleaved(biases) if interleave else torch.cat(biases)  # type: ignore[arg-type]
+        return self._pack(name, [weight_NK], bias_N=bias_N)
+
+    def _pack(
+        self, name: str, weights: Iterable[Tensor], *, count: int = 1, bias_N: Tensor | None = None
+    ) -> structs.Matrix:
+        """The first of `count` matrices [N, K] of one shape, whose packed weights lie one after the other."""
+        q, packed, columns, depth = self._q, None, 0, 0
+        for number, weight_NK in enumerate(weights):
+            columns, depth = _round_up(weight_NK.shape[0], BLOCK), _round_up(weight_NK.shape[1], q)
+            padding = (0, depth - weight_NK.shape[1], 0, columns - weight_NK.shape[0])
+            padded = F.pad(weight_NK, padding).view(columns // BLOCK, BLOCK, depth // q, q)
+            packed = self._tensor(name, (count, columns // BLOCK, depth // q, BLOCK, q), self.dtype)
+            packed[number].copy_(padded.permute(0, 2, 1, 3))
+        padded_N = None
+        if bias_N is not None:
+            padded_N = self._tensor(f"{name}.bias", (columns,), torch.float32)
+            padded_N[: len(bias_N)] = bias_N
+        return structs.Matrix(pointer(packed), pointer(padded_N), columns, depth)
+
+    def _latent(self, name: str, attention: Any, config: Any) -> structs.Latent:
+        """Latent attention; what is rotated lies in halves, and kv_b_proj is cut into what queries and values meet."""
+        sizes, heads = self.struct.latent, self.query_heads
+        halves = torch.arange(sizes.rotated)
+        if getattr(config, "rope_interleave", True):
+            halves = torch.cat((halves[0::2], halves[1::2]))
+        latent = structs.Latent()
+
+        order = torch.cat((torch.arange(sizes.latent), sizes.latent + halves))
+        weight_NK, bias_N = merged_weight(attention.kv_a_proj_with_mqa)[order], None
+        if (own := bias_of(attention.kv_a_proj_with_mqa)) is not None:
+            bias_N = own[order]
+        if sizes.query_latent:
+            first, padding = attention.q_a_proj, -sizes.query_latent % LANES
+            weight_NK = torch.cat((F.pad(merged_weight(first), (0, 0, 0, padding)), weight_NK))
+            if bias_N is not None:
+                bias_N = torch.cat((F.pad(first.bias.detach(), (0, padding)), bias_N))
+            latent.query_norm = self._norm(f"{name}.query_norm", attention.q_a_layernorm, multiple=LANES)
+        latent.down = self._pack(f"{name}.down", [weight_NK], bias_N=bias_N)
+        latent.norm = self._norm(f"{name}.norm", attention.kv_a_layernorm, multiple=LANES)
+
+        queries_NK = merged_weight(attention.q_b_proj if sizes.query_latent else attention.q_proj)
+        order = torch.cat((torch.arange(sizes.plain), sizes.plain + halves))
+        queries = queries_NK.view(heads, sizes.plain + sizes.rotated, -1)[:, order].flatten(0, 1)
+        latent.queries = self._pack(f"{name}.queries", [queries])
+        up = merged_weight(attention.kv_b_proj).view(heads, sizes.plain + sizes.value, -1)
+        latent.key_up = self._pack(f"{name}.key_up", up[:, : sizes.plain].transpose(1, 2), count=heads)
+        latent.value_up = self._pack(f"{name}.value_up", up[:, sizes.plain :], count=heads)
+        return latent
+
+    def _experts(self, name: str, mlp: Any) -> structs.Experts:
+        """Routed experts; the router stays in float32, since a rounded score could choose another expert."""
+        count = self.struct.routing.num_experts
+        gate_up, down = (merged_experts(mlp.experts, n) for n in ("gate_up_proj", "down_proj"))
+        router = self._tensor(f"{name}.router", (count, _round_up(self.hidden_size, BLOCK)), torch.float32)
+        router[:, : self.hidden_size] = mlp.gate.weight.detach()
+        bias = None
+        if hasattr(mlp.gate, "e_score_correction_bias"):
+            bias = self._tensor(f"{name}.bias", (count,), torch.float32)
+            bias.copy_(mlp.gate.e_score_correction_bias)
+        return structs.Experts(
+            router=pointer(router),
+            bias=pointer(bias),
+            gate_up=self._pack(f"{name}.gate_up", (_interleaved(w.chunk(2)) for w in gate_up), count=count),
+            down=self._pack(f"{name}.down", down, count=count),
+        )
 
     def _norm(self, name: str, norm: Any, *, multiple: int = BLOCK) -> int | None:
         """A norm's weights in float32, with zeros up to a multiple."""
@@ -141,7 +191,8 @@ class PackedModel:
         """Read the policy's own rows where they stay as the kernels want them, else a copy."""
         weight_VH = policy.causal_lm.get_input_embeddings().weight.detach()
         rows_VH = weight_VH.to(self.dtype).contiguous()
-        if hasattr(policy, "unshard") and rows_VH.data_ptr() == weight_VH.data_ptr():
+        is_own = rows_VH.data_ptr() != weight_VH.data_ptr()
+        if not is_own and (not self._shares_embedding or hasattr(policy, "unshard")):
             rows_VH = rows_VH.clone()  # FSDP frees what it gathered
         self._tensors["embedding"] = rows_VH
         self.struct.embedding = pointer(rows_VH)
@@ -154,50 +205,14 @@ class PackedModel:
         return self._tensors[name]
 
     @property
+    def numbers_per_token(self) -> int:
+        """What a layer keeps of a token in its pages."""
+        latent = self.struct.latent
+        return 2 * latent.latent + latent.rotated or 2 * self.key_heads * self.head_size
+
+    @property
     def _q(self) -> int:
         return 2 if self.dtype == torch.bfloat16 else 1
-
-
-def merged_weight(linear: Any) -> Tensor:
-    """A linear layer's weight [N, K] with its active adapters added in float32."""
-    if type(linear) is nn.Linear:
-        return linear.weight.detach()
-    weight_NK: Tensor = linear.base_layer.weight.detach()
-    if linear.disable_adapters:
-        return weight_NK
-    for name in linear.active_adapters:
-        if name in linear.lora_A:
-            a, b = linear.lora_A[name].weight.detach().float(), linear.lora_B[name].weight.detach().float()
-            weight_NK = torch.addmm(weight_NK.float(), b, a, alpha=linear.scaling[name])
-    return weight_NK
-
-
-def _bias(linear: Any) -> Tensor | None:
-    bias = linear.bias if type(linear) is nn.Linear else linear.base_layer.bias
-    return None if bias is None else bias.detach()
-
-
-def _why_not_linear(linear: Any) -> str | None:
-    if type(linear) is nn.Linear:
-        return None
-    from peft.tuners.lora.layer import Linear as LoraLinear
-
-    if type(linear) is not LoraLinear or type(linear.base_layer) is not nn.Linear:
-        kind = type(getattr(linear, "base_layer", linear)).__name__
-        return f"its weights are packed from plain linear layers, and this one has {kind}"
-    if linear.lora_variant or any(linear.lora_bias.values()) or linear.merged:
-        return "its adapter is more than two matrices"
-    return None
-
-
-def _linears(policy: Policy) -> list[Any]:
-    found: list[Any] = [policy.causal_lm.get_output_embeddings()]
-    for block in policy.layers:
-        attention: Any = block.self_attn
-        mlp: Any = block.mlp
-        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return found
 
 
 def _interleaved(parts: Sequence[Tensor]) -> Tensor:
@@ -206,11 +221,6 @@ def _interleaved(parts: Sequence[Tensor]) -> Tensor:
     padding = -len(parts[0]) % half
     halves = [F.pad(p, (0,) * (2 * p.dim() - 1) + (padding,)).view(-1, half, *p.shape[1:]) for p in parts]
     return torch.stack(halves, dim=1).flatten(0, 2)
-
-
-def _head_size(config: Any) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
 
 
 def _round_up(count: int, multiple: int) -> int:

@@ -1,13 +1,12 @@
 """Keys and values of the rows in flight, in pages of 16 tokens that rows with the same prompt share.
 
-Per layer one tensor [pages, key heads, 2, 16 * head size], laid out as kernels/attention.h says. A page is free again
+Per layer one tensor [pages, numbers], laid out as kernels/attention.h and kernels/latent.h say. A page is free again
 when the last row that reads it is gone; the lowest free page is taken first, so memory follows what is in use.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 
 import torch
 from torch import Tensor
@@ -27,11 +26,11 @@ class Pages:
     def __init__(self, model: PackedModel, *, expected: int) -> None:
         """`expected`: the most pages there could be in use; there will be more where that was too few."""
         self._model = model
-        self._shape = (model.key_heads, 2, PAGE * model.head_size)
+        self._numbers = PAGE * model.numbers_per_token
         self._layers: list[Tensor] = []
         self._free: list[int] = []  # a heap
         self._readers: list[int] = []
-        page_bytes = len(model.layers) * math.prod(self._shape) * model.dtype.itemsize
+        page_bytes = len(model.layers) * self._numbers * model.dtype.itemsize
         self._grow(min(expected, max(1, FIRST_BYTES // page_bytes)))
 
     @property
@@ -71,7 +70,7 @@ class Pages:
         """Have `count` pages; one layer after the other, so that few of them exist twice."""
         old = len(self._readers)
         for number in range(len(self._model.layers)):
-            layer = torch.empty((count, *self._shape), dtype=self._model.dtype)
+            layer = torch.empty((count, self._numbers), dtype=self._model.dtype)
             if old:
                 layer[:old] = self._layers[number]
                 self._layers[number] = layer

@@ -9,6 +9,8 @@ Dimension key: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -31,6 +33,25 @@ class Draw(NamedTuple):
     logprobs: list[float]
     kept_ids: list[list[int]] | None
     """Per row, the ids top-k, top-p and min-p left, in rising order; None where none of them was on."""
+
+
+class Uniforms:
+    """One completion's numbers in [0, 1), one for each token; they may be looked at before they are used."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = random.Random(seed)
+        self._ahead: list[float] = []
+
+    def peek(self, count: int) -> list[float]:
+        """The next numbers; they stay the next ones."""
+        self._ahead += [self._source.random() for _ in range(count - len(self._ahead))]
+        return self._ahead[:count]
+
+    def take(self, count: int = 1) -> list[float]:
+        """The next numbers, which are then used up."""
+        taken = self.peek(count)
+        del self._ahead[:count]
+        return taken
 
 
 class History:
@@ -87,6 +108,16 @@ def draw(
     uniform_B = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)
     token_B, logprobs_B = inverse_cdf(logits_BV, uniform_B)
     return Draw(token_B.tolist(), logprobs_B.tolist(), _kept_ids(logits_BV) if is_truncated else None)
+
+
+def top_logprobs(logits_V: Tensor, count: int) -> dict[int, float]:
+    """The `count` likeliest ids with their log-probabilities, likeliest first, of logits that draw() has left."""
+    found = logits_V.log_softmax(0).topk(min(count, len(logits_V)))
+    return {
+        i: logprob
+        for i, logprob in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        if logprob > -math.inf
+    }
 
 
 def truncate_(logits_BV: Tensor, sampling: SamplingSettings) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from kitae.rollout.base import Request
 
@@ -25,18 +25,25 @@ ENTER_AT = 8
 class Scheduler:
     """Rows in flight and groups that wait, first come, first served."""
 
-    def __init__(
-        self, groups: Iterable[Sequence[Request]], *, max_rows: int, max_prefill_tokens: int = 4096
-    ) -> None:
+    def __init__(self, *, max_rows: int, max_prefill_tokens: int = 4096) -> None:
         """At most `max_rows` rows run at a time; prompts admitted together have at most `max_prefill_tokens`."""
         assert max_rows >= 1, max_rows
         self.running: list[Request] = []
         """Rows of one group are neighbours, groups in the order they entered."""
-        self._waiting = deque(part for group in groups for part in _parts(group, max_rows=max_rows))
+        self._waiting: deque[list[Request]] = deque()
         self.num_slots = round_up_rows(max_rows)
         self._free = list(range(self.num_slots))  # a heap: the lowest slot is taken first
         self._max_rows = max_rows
         self._max_prefill_tokens = max_prefill_tokens
+
+    def add(self, group: Sequence[Request]) -> None:
+        """Queue the rows of one prompt."""
+        size = self._max_rows if len(group) <= self._max_rows else max(1, self._max_rows // PARTS)
+        self._waiting += [list(group[start : start + size]) for start in range(0, len(group), size)]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(request.finish_reason is None for group in self._waiting for request in group)
 
     @property
     def is_done(self) -> bool:
@@ -52,11 +59,12 @@ class Scheduler:
             tokens += self._waiting[0][0].prompt_length
             if entering and tokens > self._max_prefill_tokens:
                 break
-            group = self._waiting.popleft()
+            group = [r for r in self._waiting.popleft() if r.finish_reason is None]  # others were cancelled
             for request in group:
                 request.slot = heapq.heappop(self._free)
-            entering.append(group)
-            self.running += group
+            if group:
+                entering.append(group)
+                self.running += group
         return entering
 
     def retire(self) -> list[Request]:
@@ -88,9 +96,3 @@ class Scheduler:
 def round_up_rows(count: int) -> int:
     """1, 2, 4, 8, then multiples of 8: libraries prepare every matrix shape anew."""
     return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
-
-
-def _parts(group: Sequence[Request], *, max_rows: int) -> Iterator[list[Request]]:
-    size = max_rows if len(group) <= max_rows else max(1, max_rows // PARTS)
-    for start in range(0, len(group), size):
-        yield list(group[start : start + size])

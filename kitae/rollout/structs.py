@@ -12,17 +12,58 @@ class Matrix(Structure):
     _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("columns", c_int64), ("depth", c_int64))
 
 
+class Latent(Structure):
+    _fields_ = (
+        ("down", Matrix),
+        ("queries", Matrix),
+        ("key_up", Matrix),
+        ("value_up", Matrix),
+        ("query_norm", c_void_p),
+        ("norm", c_void_p),
+    )
+
+
+class Experts(Structure):
+    _fields_ = (("router", c_void_p), ("bias", c_void_p), ("gate_up", Matrix), ("down", Matrix))
+
+
 class Layer(Structure):
     _fields_ = (
         ("qkv", Matrix),
+        ("latent", Latent),
         ("out", Matrix),
         ("gate_up", Matrix),
         ("down", Matrix),
+        ("experts", Experts),
         ("attention_norm", c_void_p),
         ("mlp_norm", c_void_p),
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("pages", c_void_p),
+    )
+
+
+class LatentSizes(Structure):
+    _fields_ = (
+        ("query_latent", c_int64),
+        ("latent", c_int64),
+        ("rotated", c_int64),
+        ("plain", c_int64),
+        ("value", c_int64),
+        ("norm_epsilon", c_float),
+    )
+
+
+class Routing(Structure):
+    _fields_ = (
+        ("num_experts", c_int64),
+        ("num_chosen", c_int64),
+        ("num_groups", c_int64),
+        ("num_open_groups", c_int64),
+        ("best_of_group", c_int64),
+        ("is_sigmoid", c_int),
+        ("is_normalised", c_int),
+        ("scale", c_float),
     )
 
 
@@ -43,6 +84,8 @@ class Model(Structure):
         ("vocabulary", c_int64),
         ("norm_epsilon", c_float),
         ("attention_scale", c_float),
+        ("latent", LatentSizes),
+        ("routing", Routing),
     )
 
 
@@ -59,6 +102,22 @@ class Scratch(Structure):
         ("attended_stride", c_int64),
         ("activated_stride", c_int64),
         ("logits_stride", c_int64),
+        ("query_latents", c_void_p),
+        ("queries", c_void_p),
+        ("absorbed", c_void_p),
+        ("mixed", c_void_p),
+        ("query_latents_stride", c_int64),
+        ("queries_stride", c_int64),
+        ("absorbed_stride", c_int64),
+        ("mixed_stride", c_int64),
+        ("shares", c_void_p),
+        ("chosen", c_void_p),
+        ("place", c_void_p),
+        ("first_row", c_void_p),
+        ("expert_rows", c_void_p),
+        ("expert_activated", c_void_p),
+        ("expert_out", c_void_p),
+        ("expert_activated_stride", c_int64),
     )
 
 
@@ -77,7 +136,7 @@ class Sampling(Structure):
     _fields_ = (
         ("steps", c_int64),
         ("uniforms", c_void_p),
-        ("temperature", c_float),
+        ("temperatures", c_void_p),
         ("ids", c_void_p),
         ("logprobs", c_void_p),
         ("stop_ids", c_void_p),

@@ -110,6 +110,7 @@ def _contradictions_in_ppo(cfg: Any) -> Iterator[str]:
 
 
 def _contradictions_in_grpo(cfg: Any) -> Iterator[str]:
+    yield from _contradictions_ahead(cfg)
     grpo, rollout = cfg.grpo, cfg.rollout
     if grpo.dual_clip and grpo.dual_clip <= 1 + grpo.clip_high:
         yield (
@@ -126,6 +127,19 @@ def _contradictions_in_grpo(cfg: Any) -> Iterator[str]:
         yield (
             f"rollout.overlong_buffer is {rollout.overlong_buffer}, more than rollout.max_new_tokens "
             f"{rollout.max_new_tokens}; a quarter of it is usual"
+        )
+
+
+def _contradictions_ahead(cfg: Any) -> Iterator[str]:
+    if cfg.rollout.rounds_ahead and not cfg.grpo.is_cap:
+        yield (
+            "rollout.rounds_ahead is 1 and grpo.is_cap is 0: completions of older weights need a correction; set "
+            "grpo.is_cap too, such as 2"
+        )
+    if cfg.rollout.rounds_ahead and cfg.rollout.refill:
+        yield (
+            f"rollout.rounds_ahead is 1 and rollout.refill is {cfg.rollout.refill}: what to replace is known only when the "
+            "round is judged, and the next one is sampled already; set one of them to 0"
         )
 
 

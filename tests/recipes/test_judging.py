@@ -19,6 +19,7 @@ from kitae.models.load import load_tokenizer
 from kitae.models.save import save_policy
 from kitae.models.toy import make_model, make_tokenizer
 from kitae.parallel.world import World
+from kitae.recipes._judging import Judge
 from kitae.recipes._rewards import (
     RewardModel,
     Rewards,
@@ -27,7 +28,7 @@ from kitae.recipes._rewards import (
     part_means,
     short_names,
 )
-from kitae.recipes._sampling import Judge, sample_records, summarise
+from kitae.recipes._sampling import sample_records, summarise
 from kitae.rewards.pool import RewardPool
 from kitae.settings import resolve
 from kitae.train.difficulty import Difficulty

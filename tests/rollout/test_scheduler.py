@@ -8,24 +8,31 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitae.rollout.base import Request, request_seed
+from kitae.config import SamplingSettings
+from kitae.rollout.base import Request, make_requests, request_seed
 from kitae.rollout.scheduler import Scheduler, round_up_rows
+from kitae.types import Problem
 
 
 def groups_of(sizes: list[int], *, prompt_length: int = 5, lengths: random.Random | None = None):
+    problem = Problem(prompt="", token_ids=[1] * prompt_length)
     return [
-        [
-            Request(
-                problem_number=p,
-                sample_number=s,
-                prompt_length=prompt_length,
-                max_new_tokens=lengths.randint(1, 12) if lengths else 3,
-                uniforms=random.Random(0),
-            )
-            for s in range(size)
-        ]
-        for p, size in enumerate(sizes)
+        make_requests(
+            problem,
+            [lengths.randint(1, 12) if lengths else 3 for _ in range(size)],
+            number=number,
+            sampling=SamplingSettings(),
+            seed=0,
+        )
+        for number, size in enumerate(sizes)
     ]
+
+
+def scheduler_of(groups: list[list[Request]], **how: int) -> Scheduler:
+    scheduler = Scheduler(**how)
+    for group in groups:
+        scheduler.add(group)
+    return scheduler
 
 
 def step(scheduler: Scheduler) -> None:
@@ -37,7 +44,7 @@ def step(scheduler: Scheduler) -> None:
 
 
 def test_a_group_enters_whole_or_waits():
-    scheduler = Scheduler(groups_of([3, 3, 3]), max_rows=7)
+    scheduler = scheduler_of(groups_of([3, 3, 3]), max_rows=7)
     assert [[r.problem_number for r in g] for g in scheduler.admit()] == [[0, 0, 0], [1, 1, 1]]
     assert scheduler.admit() == []
     scheduler.running[0].finish_reason = "stop"
@@ -50,7 +57,7 @@ def test_a_group_enters_whole_or_waits():
 
 
 def test_prompts_wait_for_one_another_until_an_eighth_of_the_rows_is_free():
-    scheduler = Scheduler(groups_of([1] * 100), max_rows=32)
+    scheduler = scheduler_of(groups_of([1] * 100), max_rows=32)
     assert len(scheduler.admit()) == 32
     entered = []
     for request in scheduler.running[:8]:
@@ -61,14 +68,14 @@ def test_prompts_wait_for_one_another_until_an_eighth_of_the_rows_is_free():
 
 
 def test_prompts_admitted_together_stay_below_the_prefill_limit_but_a_long_one_enters_alone():
-    scheduler = Scheduler(groups_of([1] * 5, prompt_length=40), max_rows=8, max_prefill_tokens=100)
+    scheduler = scheduler_of(groups_of([1] * 5, prompt_length=40), max_rows=8, max_prefill_tokens=100)
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
-    scheduler = Scheduler(groups_of([1, 1], prompt_length=400), max_rows=8, max_prefill_tokens=100)
+    scheduler = scheduler_of(groups_of([1, 1], prompt_length=400), max_rows=8, max_prefill_tokens=100)
     assert [len(scheduler.admit()) for _ in range(3)] == [1, 1, 0]
 
 
 def test_a_group_larger_than_all_slots_enters_in_parts():
-    scheduler = Scheduler(groups_of([30]), max_rows=8)
+    scheduler = scheduler_of(groups_of([30]), max_rows=8)
     seen = []
     while not scheduler.is_done:
         seen += [r for group in scheduler.admit() for r in group]
@@ -84,7 +91,7 @@ def test_every_request_runs_once_in_a_slot_of_its_own_and_moves_are_safe(
     sizes: list[int], max_rows: int, seed: int
 ):
     groups = groups_of(sizes, lengths=random.Random(seed))
-    scheduler = Scheduler(groups, max_rows=max_rows)
+    scheduler = scheduler_of(groups, max_rows=max_rows)
     content: dict[int, Request] = {}  # what a cache would hold
     while not scheduler.is_done:
         for group in scheduler.admit():
@@ -113,7 +120,7 @@ def test_row_counts_are_rounded_to_few_sizes():
 
 def test_the_cost_of_a_queue_grows_with_its_length_and_no_faster():
     def seconds(count: int) -> float:
-        scheduler = Scheduler(groups_of([4] * count), max_rows=16)
+        scheduler = scheduler_of(groups_of([4] * count), max_rows=16)
         start = time.process_time()
         while not scheduler.is_done:
             scheduler.admit()

@@ -93,13 +93,13 @@ inline void score_page(
     for (int r = 0; r < QUERIES; r++) scores[r] = even[r] + odd[r];
 }
 
-// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][size].
+// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][value size].
 // `pages` is the layer's first page of this key head, `stride` the elements from page to page; `scores` has room for
 // QUERIES times the length, rounded up to pages.
 template <int QUERIES, class T>
 void attend_to_pages(
-    const T* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table, float scale,
-    float* scores, T* out) {
+    const T* queries, int64_t size, int64_t value_size, int64_t length, const T* pages, int64_t stride, const int32_t* table,
+    float scale, float* scores, T* out) {
     const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
     for (int64_t p = 0; p < num_pages; p++) {
         const T* keys = pages + table[p] * stride;
@@ -136,10 +136,10 @@ void attend_to_pages(
             const int64_t here = length - p * PAGE < PAGE ? length - p * PAGE : PAGE;
             for (int64_t t = 0; t < here; t++) {
                 for (int64_t line = 0; line < int64_t(VECTORS_HERE * LANES * sizeof(T)); line += 64)
-                    __builtin_prefetch(next + t * size * int64_t(sizeof(T)) + line, 0, 3);
+                    __builtin_prefetch(next + t * value_size * int64_t(sizeof(T)) + line, 0, 3);
                 f32x16 value[VECTORS_HERE];
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS_HERE; v++) value[v] = load(values + t * size + v * LANES);
+                for (int v = 0; v < VECTORS_HERE; v++) value[v] = load(values + t * value_size + v * LANES);
 #pragma GCC unroll 4
                 for (int r = 0; r < QUERIES; r++) {
                     const float weight = scores[r * width + p * PAGE + t];
@@ -149,11 +149,11 @@ void attend_to_pages(
             }
         }
         for (int r = 0; r < QUERIES; r++)
-            for (int v = 0; v < VECTORS_HERE; v++) store(out + r * size + from + v * LANES, sums[r][v] * inverse_total[r]);
+            for (int v = 0; v < VECTORS_HERE; v++) store(out + r * value_size + from + v * LANES, sums[r][v] * inverse_total[r]);
     };
     int64_t from = 0;
-    for (; from + 4 * LANES <= size; from += 4 * LANES) gather(from, std::integral_constant<int, 4>{});
-    for (; from < size; from += LANES) gather(from, std::integral_constant<int, 1>{});
+    for (; from + 4 * LANES <= value_size; from += 4 * LANES) gather(from, std::integral_constant<int, 4>{});
+    for (; from < value_size; from += LANES) gather(from, std::integral_constant<int, 1>{});
 }
 
 // Attention of every token over all tokens of its row up to itself, whose keys and values are in their pages.
@@ -179,7 +179,8 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         const auto some = [&](auto count) {
             constexpr int QUERIES = decltype(count)::value;
             attend_to_pages<QUERIES>(
-                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
+                queries.data() + r * size, size, size, length, pages, stride, table, model.attention_scale, scores.data(),
+                out + r * size);
             r += QUERIES;
         };
         while (r + 4 <= shared) some(std::integral_constant<int, 4>{});

@@ -1,12 +1,17 @@
-// The decoder of Qwen2, Qwen3 and Llama, and the functions that Python calls.
+// The decoder of Qwen2, Qwen3, Llama and DeepSeek, and the functions that Python calls.
 //
 //   tokens -> embedding -> [norm -> q, k, v -> pages -> attention -> + | norm -> gate, up -> down -> +] x layers
 //          -> norm -> head -> logits -> sampler -> next tokens
+//
+// Latent attention (latent.h) takes the place of q, k, v and attention, routed experts (experts.h) that of gate, up and down,
+// or add to them.
 //
 // A call is one parallel region of many phases (team.h). Prompts and single tokens go the same way: a pass is a number of
 // tokens, each with its position and its row's pages.
 
 #include "attention.h"
+#include "experts.h"
+#include "latent.h"
 #include "model.h"
 #include "norm.h"
 #include "product.h"
@@ -15,8 +20,8 @@
 
 namespace kitae {
 
-// Phases of one pass: of each layer, of the head, and what decode() adds.
-inline int64_t phases_of(const Model& model) { return 8 * model.num_layers + 8; }
+// Phases of one pass, at most: of each layer, of the head, and what decode() adds.
+inline int64_t phases_of(const Model& model) { return 20 * model.num_layers + 8; }
 
 template <class T> void embed(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
     team.share(tokens.count, [&](Range mine) {
@@ -55,11 +60,7 @@ template <class T>
 void gate_up(const Team& team, const Scratch& scratch, int64_t count, const Matrix& matrix) {
     const T* x = static_cast<const T*>(scratch.normed);
     multiply(team, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
-        T* to = static_cast<T*>(scratch.activated) + row * scratch.activated_stride + block * BLOCK / 2;
-        for (int j = 0; j < BLOCK / 2; j += LANES) {
-            const f32x16 gate = load(sums + j), up = load(sums + BLOCK / 2 + j);
-            store(to + j, gate / (1.0f + exp_of(-gate)) * up);
-        }
+        store_gated(static_cast<T*>(scratch.activated) + row * scratch.activated_stride + block * BLOCK / 2, sums);
     });
 }
 
@@ -71,6 +72,27 @@ void write_product(const Team& team, const Scratch& scratch, int64_t count, cons
     });
 }
 
+template <class T> void attend_to_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+    write_product<T>(team, scratch, tokens.count, layer.qkv, scratch.qkv, scratch.qkv_stride);
+    place_keys<T>(team, model, layer, scratch, tokens);
+    attend<T>(team, model, layer, scratch, tokens);
+}
+
+template <class T> void attend_with_latents(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+    const int64_t count = tokens.count;
+    write_product<T>(team, scratch, count, layer.latent.down, scratch.qkv, scratch.qkv_stride);
+    place_latents<T>(team, model, layer, scratch, tokens);
+    const bool has_latent = layer.latent.query_norm;
+    const void* x = has_latent ? scratch.query_latents : scratch.normed;
+    const int64_t stride = has_latent ? scratch.query_latents_stride : scratch.hidden_stride;
+    multiply(team, static_cast<const T*>(x), stride, count, layer.latent.queries, [&](int64_t row, int64_t block, const float* sums) {
+        store_columns(static_cast<T*>(scratch.queries) + row * scratch.queries_stride, scratch.queries_stride, block, sums);
+    });
+    absorb_keys<T>(team, model, layer, scratch, tokens);
+    attend_to_latents<T>(team, model, layer, scratch, tokens);
+    raise_values<T>(team, model, layer, scratch, count);
+}
+
 // All layers: the tokens' residual stream is in scratch.hidden, their keys and values are in the pages.
 template <class T> void run_layers(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
     const int64_t count = tokens.count;
@@ -78,13 +100,17 @@ template <class T> void run_layers(const Team& team, const Model& model, const S
     for (int64_t i = 0; i < model.num_layers; i++) {
         const Layer& layer = model.layers[i];
         normalise_rows<T>(team, model, scratch, layer.attention_norm, count);
-        write_product<T>(team, scratch, count, layer.qkv, scratch.qkv, scratch.qkv_stride);
-        place_keys<T>(team, model, layer, scratch, tokens);
-        attend<T>(team, model, layer, scratch, tokens);
+        if (model.latent.latent)
+            attend_with_latents<T>(team, model, layer, scratch, tokens);
+        else
+            attend_to_keys<T>(team, model, layer, scratch, tokens);
         add_product<T>(team, scratch, scratch.attended, scratch.attended_stride, count, layer.out);
         normalise_rows<T>(team, model, scratch, layer.mlp_norm, count);
-        gate_up<T>(team, scratch, count, layer.gate_up);
-        add_product<T>(team, scratch, scratch.activated, scratch.activated_stride, count, layer.down);
+        if (layer.gate_up.columns) {
+            gate_up<T>(team, scratch, count, layer.gate_up);
+            add_product<T>(team, scratch, scratch.activated, scratch.activated_stride, count, layer.down);
+        }
+        if (layer.experts.router) run_experts<T>(team, model, layer, scratch, count);
     }
 }
 
@@ -117,7 +143,7 @@ int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens,
                 for (int64_t t = mine.begin; t < mine.end; t++) {
                     const int64_t at = step * tokens.count + t;
                     const Choice choice = choose(
-                        scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperature,
+                        scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperatures[t],
                         sampling.uniforms[at]);
                     sampling.ids[at] = choice.id;
                     sampling.logprobs[at] = choice.logprob;
@@ -161,7 +187,7 @@ void forward(
 void sample(const Model& model, const Scratch& scratch, const int32_t* row_of, int64_t count, const Sampling& sampling) {
     for (int64_t i = 0; i < count; i++) {
         float* logits = scratch.logits + row_of[i] * scratch.logits_stride;
-        const Choice choice = choose(logits, model.vocabulary, sampling.temperature, sampling.uniforms[i]);
+        const Choice choice = choose(logits, model.vocabulary, sampling.temperatures[i], sampling.uniforms[i]);
         sampling.ids[i] = choice.id;
         sampling.logprobs[i] = choice.logprob;
     }

@@ -17,16 +17,52 @@ struct Matrix {
     int64_t depth;      // inputs, a multiple of q
 };
 
+// Latent attention of a layer, see latent.h.
+struct Latent {
+    Matrix down;              // of hidden: the queries' latent padded to 16 (or nothing), the latent, the keys' rotated part
+    Matrix queries;           // of the queries' latent, or hidden where there is none: each head's plain, then rotated part
+    Matrix key_up;            // head 0's, from the plain part of a query to the latent; the other heads' weights follow
+    Matrix value_up;          // head 0's, from the latent to a value; the other heads' weights follow
+    const float* query_norm;  // [queries' latent padded to 16], or null where there is none
+    const float* norm;        // [latent]
+};
+
+// Routed experts of a layer, see experts.h.
+struct Experts {
+    const float* router;  // [experts][hidden stride]
+    const float* bias;    // [experts], or null
+    Matrix gate_up;       // expert 0's, as Layer::gate_up; the other experts' weights follow
+    Matrix down;          // expert 0's; the other experts' weights follow
+};
+
 struct Layer {
-    Matrix qkv;      // queries, then keys, then values, each head by head
-    Matrix out;      // attention's output projection
-    Matrix gate_up;  // of each block, 32 columns are gates and the next 32 the ups they belong to
+    Matrix qkv;       // queries, then keys, then values, each head by head; nothing where attention is latent
+    Latent latent;
+    Matrix out;       // attention's output projection
+    Matrix gate_up;   // of each block, 32 columns are gates and the next 32 the ups they belong to; may be nothing
     Matrix down;
+    Experts experts;  // besides gate_up and down, which are then what all tokens share; without a router there are none
     const float* attention_norm;  // [hidden stride]
     const float* mlp_norm;        // [hidden stride]
     const float* query_norm;      // [head size], or null
     const float* key_norm;        // [head size], or null
     void* pages;                  // see Pages in attention.h, T
+};
+
+// Sizes of latent attention; `latent` is 0 in models that have another.
+struct LatentSizes {
+    int64_t query_latent, latent, rotated, plain, value;
+    float norm_epsilon;
+};
+
+// How a token's experts are chosen.
+struct Routing {
+    int64_t num_experts, num_chosen;
+    int64_t num_groups, num_open_groups;  // experts in equal groups, of which a token may use the best few
+    int64_t best_of_group;                // a group's rank is the sum of so many of its best experts
+    int is_sigmoid;                       // else softmax
+    int is_normalised;                    // the shares of the chosen add up to 1, before they are scaled
+    float scale;
 };
 
 struct Model {
@@ -40,17 +76,36 @@ struct Model {
     const float* sines;       // [positions][head size / 2]
     int64_t hidden_size, query_heads, key_heads, head_size, vocabulary;
     float norm_epsilon, attention_scale;
+    LatentSizes latent;
+    Routing routing;
 };
 
 // Room for intermediate results; `rows` tokens fit.
 struct Scratch {
     float* hidden;        // the residual stream
     void* normed;         // T
-    float* qkv;           // [columns of qkv]
+    float* qkv;           // [columns of qkv, or of latent attention's down]
     void* attended;       // [query heads x head size], T
     void* activated;      // [half the columns of gate_up], T
     float* logits;        // [vocabulary, padded]
     int64_t hidden_stride, qkv_stride, attended_stride, activated_stride, logits_stride;
+
+    // Of latent attention; null without.
+    void* query_latents;  // T
+    void* queries;        // [columns of latent.queries], T
+    void* absorbed;       // [heads x (latent + rotated)], T
+    void* mixed;          // [heads x latent], T
+    int64_t query_latents_stride, queries_stride, absorbed_stride, mixed_stride;
+
+    // Of routed experts; null without. A token has a row for each expert it chose.
+    float* shares;           // [tokens][chosen]
+    int32_t* chosen;         // [tokens][chosen]
+    int32_t* place;          // [tokens][chosen]: the row's place when they are sorted by expert
+    int32_t* first_row;      // [experts + 1]: where an expert's rows begin
+    void* expert_rows;       // [rows][hidden stride], T
+    void* expert_activated;  // [rows][half the columns of experts.gate_up], T
+    float* expert_out;       // [rows][hidden stride]
+    int64_t expert_activated_stride;
 };
 
 // The tokens of one forward pass. Token t's keys and values lie in the pages tables[table_of[t]][0, 1, ...].
@@ -66,8 +121,8 @@ struct Tokens {
 // How the rows of a decode are sampled, and where the result goes; [steps][rows] each.
 struct Sampling {
     int64_t steps;
-    const double* uniforms;  // in [0, 1)
-    float temperature;       // 0 takes the likeliest token
+    const double* uniforms;     // in [0, 1)
+    const float* temperatures;  // [rows]; 0 takes the likeliest token
     int64_t* ids;
     float* logprobs;
     const int64_t* stop_ids;

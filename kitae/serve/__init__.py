@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over the local rollout engines, and the start of external ones."""

@@ -1,0 +1,400 @@
+"""The routes of the server: /v1/models, /v1/chat/completions, /v1/completions, /health and /metrics.
+
+    request --token--> body within its limits --schemas--> prompt ids --context, queue--> ticket --> answer
+
+Everything but /health needs the token. A request that cannot be served is a Refusal, and only its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kitae.config import SamplingSettings
+from kitae.data.chat import THINKING_ON
+from kitae.data.formats import RowError
+from kitae.serve.access import Gate
+from kitae.serve.answering import Answering, ClientGone, EventStream, Scores
+from kitae.serve.answers import Frame, to_json
+from kitae.serve.choices import ChatChoice, TextChoice
+from kitae.serve.engine import EngineThread, Job, Ticket
+from kitae.serve.metrics import Metrics
+from kitae.serve.refusals import Refusal
+from kitae.serve.schemas import Asked, ChatAsked, CompletionAsked, parse
+from kitae.serve.tokens import TokenTexts
+from kitae.types import Problem
+
+if TYPE_CHECKING:
+    from kitae.data.chat import Template
+
+log = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 8
+"""A text of more characters than this times the context is refused before it is tokenised, which would take long."""
+INLINE_CHARACTERS = 20_000
+"""Longer texts are tokenised beside the event loop."""
+OPEN_PATHS = ("/health",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What requests may ask of the server."""
+
+    context: int
+    """Most tokens of prompt and completion together."""
+    vocabulary: int
+    """Token ids of prompts are below this."""
+    max_new_tokens: int
+    """Most tokens of a completion, and what a chat gets that does not say."""
+    max_rows: int
+    """Completions that run at a time."""
+    max_queue: int
+    """Completions that may wait beyond those."""
+    max_request_bytes: int
+    body_timeout_s: float = 30.0
+
+
+class Service:
+    """Everything the routes need."""
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        *,
+        template: Template,
+        defaults: SamplingSettings,
+        limits: Limits,
+        reasoning_format: Literal["inline", "split"],
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """`aliases`: further names of the first lane's model."""
+        self.engine, self.template, self.limits = engine, template, limits
+        self.metrics = Metrics(engine)
+        self.is_draining = False
+        self._defaults, self._reasoning_format = defaults, reasoning_format
+        self._texts = TokenTexts(template.tokenizer)
+        self._stop_ids = frozenset(template.stop_ids)
+        self._created = int(time.time())
+        first = next(iter(engine.lanes))
+        self._lane_of = {alias: first for alias in aliases} | {name: name for name in engine.lanes}
+        question = [{"role": "user", "content": "Hi"}]
+        self._has_switch = template.prompt(question) != template.prompt(question, **_switches(False))
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self.is_draining = True
+
+    # routes ----------------------------------------------------------------------------------------------------
+
+    async def health(self, _request: Request) -> Response:
+        """Whether it works."""
+        if self.is_draining or not self.engine.is_alive:
+            return _json({"status": "ending" if self.is_draining else "the engine has died"}, status=503)
+        return _json({"status": "ok"})
+
+    async def metrics_text(self, _request: Request) -> Response:
+        """Prometheus' numbers."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self, _request: Request) -> Response:
+        """All models."""
+        return _json({"object": "list", "data": [self._model(name) for name in self.engine.lanes]})
+
+    async def model(self, request: Request) -> Response:
+        """One model."""
+        return _json(self._model(self._find(request.path_params["name"])))
+
+    async def chat(self, request: Request) -> Response:
+        """A chat completion."""
+        begun = time.monotonic()
+        asked = parse(ChatAsked, await self._body(request))
+        lane = self._find(asked.model)
+        token_ids, prefill = await self._render(asked)
+        room = min(self._room(len(token_ids)), self.limits.max_new_tokens)
+        limit = self._checked_limit(asked.limit or room, len(token_ids))
+        job = self._job(asked, token_ids, limit=limit, prefill=prefill)
+        splits = (asked.reasoning_format or self._reasoning_format) == "split"
+        wants_logprobs = asked.num_top_logprobs is not None
+
+        def choices(_scores: Scores) -> list[ChatChoice]:
+            how: dict[str, Any] = {"texts": self._texts, "stop_ids": self._stop_ids, "splits": splits}
+            return [
+                ChatChoice(i, prefill=prefill, wants_logprobs=wants_logprobs, **how) for i in range(len(job.limits))
+            ]
+
+        frame = Frame(model=lane, kind="chat.completion")
+        return await self._answer(request, asked, frame, [job], choices, begun)
+
+    async def complete(self, request: Request) -> Response:
+        """A text completion."""
+        begun = time.monotonic()
+        asked = parse(CompletionAsked, await self._body(request))
+        lane = self._find(asked.model)
+        prompts = [await self._encode(prompt) for prompt in asked.prompts()]
+        if not prompts:
+            raise Refusal("prompt is empty", param="prompt")
+        limit = 16 if asked.max_tokens is None else asked.max_tokens  # OpenAI's default
+        if limit == 0 and not asked.echo:
+            raise Refusal("max_tokens can be 0 only with echo", param="max_tokens")
+        for ids in prompts:
+            self._checked_limit(limit, len(ids))
+        jobs = [self._job(asked, ids, limit=limit, index=i) for i, ids in enumerate(prompts)]
+        each = max(len(jobs[0].limits), 1)
+
+        def choices(scores: Scores) -> list[TextChoice]:
+            how: dict[str, Any] = {"texts": self._texts, "stop_ids": self._stop_ids}
+            return [
+                TextChoice(
+                    place * each + number,
+                    echo=ids if asked.echo else None,
+                    scores=scores[place] if scores else None,
+                    wants_logprobs=asked.logprobs is not None,
+                    **how,
+                )
+                for place, ids in enumerate(prompts)
+                for number in range(each)
+            ]
+
+        return await self._answer(request, asked, Frame(model=lane, kind="text_completion"), jobs, choices, begun)
+
+    # how it is done ----------------------------------------------------------------------------------------------
+
+    async def _body(self, request: Request) -> bytes:
+        most = self.limits.max_request_bytes
+        too_large = Refusal(f"the request is larger than {most:,} bytes", status=413)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Refusal("send the body without Content-Encoding", status=415)
+        if not request.headers.get("content-length", "0").isdigit() or int(request.headers.get("content-length", 0)) > most:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.limits.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refusal(f"the body did not come within {self.limits.body_timeout_s:g} s", status=408) from error
+        return b"".join(parts)
+
+    def _find(self, name: str | None) -> str:
+        if name is None:
+            return next(iter(self.engine.lanes))
+        if name not in self._lane_of:
+            known = ", ".join(self.engine.lanes)
+            raise Refusal(f"there is no model {name!r}; there are: {known}", status=404, param="model", code="model_not_found")
+        return self._lane_of[name]
+
+    def _model(self, name: str) -> dict[str, Any]:
+        parent = self.engine.lanes[name].parent
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "kitae",
+            "parent": parent,
+            "max_model_len": self.limits.context,
+        }
+
+    async def _render(self, asked: ChatAsked) -> tuple[list[int], str]:
+        messages = [turn.message() for turn in asked.messages]
+        if asked.thinks is not None and not self._has_switch:
+            raise Refusal(
+                "this model's chat template has no switch for thinking; leave chat_template_kwargs out",
+                param="chat_template_kwargs",
+            )
+        switches = {} if asked.thinks is None else _switches(asked.thinks)
+        size = sum(len(message["content"]) for message in messages)
+        self._check_characters(size, param="messages")
+        try:
+            if size < INLINE_CHARACTERS:
+                return self.template.prompt(messages, **switches)
+            return await asyncio.to_thread(self.template.prompt, messages, **switches)
+        except RowError as error:
+            raise Refusal(str(error), param="messages") from error
+
+    async def _encode(self, prompt: str | list[int]) -> list[int]:
+        """A prompt as it stands: control tokens in it are control tokens."""
+        if isinstance(prompt, str):
+            self._check_characters(len(prompt), param="prompt")
+            encode = self.template.tokenizer.encode
+            ids: list[int] = encode(prompt) if len(prompt) < INLINE_CHARACTERS else await asyncio.to_thread(encode, prompt)
+        else:
+            ids = prompt
+            wrong = next((i for i in ids if not 0 <= i < self.limits.vocabulary), None)
+            if wrong is not None:
+                raise Refusal(f"token id {wrong} is not below {self.limits.vocabulary}", param="prompt")
+        if not ids:
+            raise Refusal("a prompt has no tokens to continue from", param="prompt")
+        return ids
+
+    def _check_characters(self, size: int, *, param: str) -> None:
+        if size > CHARACTERS_PER_TOKEN * self.limits.context:
+            raise Refusal(
+                f"{param} has {size:,} characters, far beyond the model's context of {self.limits.context:,} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _room(self, prompt_tokens: int) -> int:
+        room = self.limits.context - prompt_tokens
+        if room < 1:
+            raise Refusal(
+                f"the prompt has {prompt_tokens:,} tokens, which fills the model's context of {self.limits.context:,}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        return room
+
+    def _checked_limit(self, limit: int, prompt_tokens: int) -> int:
+        if limit > self.limits.max_new_tokens:
+            raise Refusal(
+                f"max_tokens is {limit:,}; this server allows {self.limits.max_new_tokens:,}", param="max_tokens"
+            )
+        if prompt_tokens + limit > self.limits.context:
+            raise Refusal(
+                f"the prompt has {prompt_tokens:,} tokens and max_tokens is {limit:,}: together more than the model's "
+                f"context of {self.limits.context:,}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return limit
+
+    def _job(self, asked: Asked, token_ids: list[int], *, limit: int, prefill: str = "", index: int = 0) -> Job:
+        num_top = asked.num_top_logprobs if isinstance(asked, ChatAsked) else getattr(asked, "logprobs", None)
+        scores = isinstance(asked, CompletionAsked) and bool(asked.echo) and asked.logprobs is not None
+        return Job(
+            problem=Problem(prompt="", token_ids=token_ids, prefill=prefill, index=index),
+            limits=[limit] * (asked.n or 1) if limit else [],
+            sampling=self._defaults.model_copy(update=asked.sampling() | {"max_new_tokens": max(limit, 1)}),
+            seed=secrets.randbits(62) if asked.seed is None else asked.seed,
+            num_top_logprobs=num_top or 0,
+            scores_prompt=scores,
+        )
+
+    async def _answer(
+        self, request: Request, asked: Asked, frame: Frame, jobs: list[Job], choices_of: Any, begun: float
+    ) -> Response:
+        ticket = Ticket(lane=frame.model, jobs=jobs, loop=asyncio.get_running_loop())
+        self._require_place(ticket.num_choices)
+        self.engine.submit(ticket)
+        answering = Answering(
+            engine=self.engine,
+            metrics=self.metrics,
+            ticket=ticket,
+            frame=frame,
+            prompt_tokens=sum(len(job.problem.token_ids) for job in jobs),
+            choices_of=choices_of,
+            is_stream=bool(asked.stream),
+            wants_usage=asked.wants_usage,
+            begun=begun,
+        )
+        return EventStream(answering) if asked.stream else await answering.whole(request.receive)
+
+    def _require_place(self, count: int) -> None:
+        most = self.limits.max_rows + self.limits.max_queue
+        if self.is_draining:
+            raise Refusal("the server is ending", status=503)
+        if count > most:
+            raise Refusal(f"the request asks for {count} completions at once; this server holds {most}", param="n")
+        if self.engine.num_open + count > most:
+            raise Refusal(f"{self.engine.num_open} completions are under way or waiting; try again", status=429, retry_after_s=1)
+
+
+class Guard:
+    """The outermost layer: lets in who has the token, and gives every failure OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, *, gate: Gate, service: Service) -> None:
+        self._app, self._gate, self._metrics = app, gate, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        status = 0
+
+        async def counting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._admit(scope)
+            await self._app(scope, receive, counting)
+        except (ClientGone, ClientDisconnect):
+            status = 499  # nobody reads it; the name is nginx's
+        except Refusal as refusal:
+            await _refuse(refusal)(scope, receive, counting)
+        except Exception as error:
+            log.exception("a request failed", exc_info=error)
+            if status:
+                raise
+            await _refuse(Refusal("the server failed; its log says why", status=500))(scope, receive, counting)
+        finally:
+            self._metrics.requests.labels(_known_path(scope["path"]), str(status)).inc()
+
+    def _admit(self, scope: Scope) -> None:
+        if scope["path"] in OPEN_PATHS:
+            return
+        headers = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(headers) != 1 or not self._gate.admits(headers[0]):
+            raise Refusal("this needs the server's token: Authorization: Bearer TOKEN", status=401, code="invalid_api_key")
+
+
+PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
+
+
+def make_app(service: Service, *, gate: Gate) -> ASGIApp:
+    """The whole application."""
+    routes = [
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics_text),
+    ]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled})
+    app.router.redirect_slashes = False
+    return Guard(app, gate=gate, service=service)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), error
+    reason = {404: "there is nothing at", 405: "this method is not allowed at"}.get(error.status_code, error.detail)
+    return _refuse(Refusal(f"{reason} {request.url.path}", status=error.status_code))
+
+
+async def _handled(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal), error
+    return _refuse(error)
+
+
+def _refuse(refusal: Refusal) -> Response:
+    return _json(refusal.body(), status=refusal.status, headers=refusal.headers())
+
+
+def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(value), status_code=status, headers=headers, media_type="application/json")
+
+
+def _switches(value: bool) -> dict[str, bool]:
+    return dict.fromkeys(THINKING_ON, value)
+
+
+def _known_path(path: str) -> str:
+    """A label with few values, whatever is asked for."""
+    return path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"

@@ -1,0 +1,235 @@
+"""The thread that computes: takes requests from the event loop, turns the sessions, and hands tokens back.
+
+    event loop --submit, cancel--> commands --thread: one step of each busy lane--> events --call_soon--> a Ticket's queue
+
+Requests enter and leave between steps while others run. What goes wrong in one lane's step ends that lane's requests
+with an error; the thread and the other lanes go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kitae.config import SamplingSettings
+from kitae.errors import KitaeError
+from kitae.rollout.base import Request
+from kitae.rollout.session import Event, Session
+from kitae.serve.lanes import Lane, TokenScore, score
+from kitae.types import Problem
+
+log = logging.getLogger(__name__)
+
+STEP_S = 0.05
+"""About so long one step may take before others get their turn and readers see new text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The completions of one prompt."""
+
+    problem: Problem
+    limits: list[int]
+    """The most tokens of each completion; empty: the prompt is only scored."""
+    sampling: SamplingSettings
+    seed: int
+    num_top_logprobs: int = 0
+    scores_prompt: bool = False
+    """Whether the log-probabilities of the prompt's own tokens are wanted."""
+
+
+class Progress:
+    """What is new of one completion: tokens, their log-probabilities, text, and how it ended."""
+
+    __slots__ = ("choice", "event", "logprobs", "top_logprobs")
+
+    def __init__(self, choice: int, event: Event) -> None:
+        count, request = len(event.token_ids), event.request
+        self.choice, self.event = choice, event
+        end = len(request.logprobs)
+        self.logprobs = request.logprobs[end - count :]
+        self.top_logprobs = request.top_logprobs[end - count :]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ticket:
+    """One API request on its way; all but the queue belongs to the thread once it is submitted."""
+
+    lane: str
+    jobs: Sequence[Job]
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[list[Progress] | list[list[TokenScore | None]] | BaseException | None] = field(
+        default_factory=asyncio.Queue
+    )
+    """Lists of news; None where the client has gone; an error, after which nothing comes."""
+    requests: list[Request] = field(default_factory=list)
+    is_cancelled: bool = False
+    num_choices: int = 0
+    num_ended: int = 0
+
+    def __post_init__(self) -> None:
+        self.num_choices = sum(len(job.limits) for job in self.jobs)
+
+
+class EngineThread:
+    """All lanes of one server, in one thread."""
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = {lane.name: lane for lane in lanes}
+        self._sessions: dict[str, Session] = {lane.name: lane.open_session() for lane in lanes}
+        self._tickets: dict[Request, tuple[Ticket, int]] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="kitae-engine", daemon=True)
+        self.num_open = 0
+        """Completions submitted and not ended; written by the event loop only."""
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End after the present step."""
+        self._commands.put(None)
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        return sum(session.num_running for session in self._sessions.values())
+
+    # what the event loop calls ---------------------------------------------------------------------------------
+
+    def submit(self, ticket: Ticket) -> None:
+        """Put a ticket's jobs to work; its queue gets what comes of them."""
+        self.num_open += ticket.num_choices
+        self._commands.put(lambda: self._enter(ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody reads the ticket any more: its rows are free at the next step."""
+        if not ticket.is_cancelled:
+            ticket.is_cancelled = True
+            self.num_open -= ticket.num_choices - ticket.num_ended
+            if ticket.num_ended < ticket.num_choices:
+                self._commands.put(lambda: self._leave(ticket))
+            ticket.num_ended = ticket.num_choices
+
+    # in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            is_idle = all(session.is_idle for session in self._sessions.values())
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                self._step()
+                continue
+            if command is None:
+                return
+            command()
+
+    def _step(self) -> None:
+        for name, session in self._sessions.items():
+            if session.is_idle:
+                continue
+            try:
+                self.lanes[name].activate()
+                events = session.step(within_s=STEP_S)
+            except Exception as error:  # whatever it is: it must not end the other lanes, and its readers must hear of it
+                self._fail(name, error)
+            else:
+                self._deliver(events)
+
+    def _enter(self, ticket: Ticket) -> None:
+        if ticket.is_cancelled:
+            return
+        lane = self.lanes[ticket.lane]
+        try:
+            scored = [job for job in ticket.jobs if job.scores_prompt]
+            if scored:
+                lane.activate()
+                texts = [job.problem.token_ids for job in scored]
+                news = score(lane.policy, texts, num_top=max(job.num_top_logprobs for job in scored))
+                _put(ticket, news)
+            for job in ticket.jobs:
+                self._add(ticket, job)
+        except Exception as error:  # one request's failure is its own
+            _log_unless_users(error)
+            self._leave(ticket)
+            _put(ticket, error)
+
+    def _add(self, ticket: Ticket, job: Job) -> None:
+        if not job.limits:
+            return
+        requests = self._sessions[ticket.lane].add(
+            job.problem,
+            limits=job.limits,
+            sampling=job.sampling,
+            seed=job.seed,
+            wants_text=True,
+            num_top_logprobs=job.num_top_logprobs,
+        )
+        for request in requests:
+            self._tickets[request] = (ticket, len(ticket.requests))
+            ticket.requests.append(request)
+
+    def _leave(self, ticket: Ticket) -> None:
+        for request in ticket.requests:
+            if self._tickets.pop(request, None) is not None:
+                self._sessions[ticket.lane].cancel(request)
+
+    def _deliver(self, events: list[Event]) -> None:
+        news: dict[Ticket, list[Progress]] = {}
+        for event in events:
+            found = self._tickets.get(event.request)
+            if found is None:
+                continue
+            ticket, choice = found
+            news.setdefault(ticket, []).append(Progress(choice, event))
+            if event.finish_reason is not None:
+                del self._tickets[event.request]
+        for loop, tickets in _by_loop(news).items():
+            loop.call_soon_threadsafe(self._hand_over, tickets)
+
+    def _hand_over(self, news: list[tuple[Ticket, list[Progress]]]) -> None:
+        """In the event loop: one wake-up for all tickets of a step."""
+        for ticket, progress in news:
+            if not ticket.is_cancelled:
+                ended = sum(p.event.finish_reason is not None for p in progress)
+                ticket.num_ended += ended
+                self.num_open -= ended
+                ticket.queue.put_nowait(progress)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """End every request of a lane, and give it a new session: what the old one holds may be half computed."""
+        _log_unless_users(error)
+        tickets = {ticket for ticket, _ in self._tickets.values() if ticket.lane == name}
+        for ticket in tickets:
+            self._leave(ticket)
+            _put(ticket, error)
+        self._sessions[name] = self.lanes[name].open_session()
+
+
+def _by_loop(news: dict[Ticket, list[Progress]]) -> dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Progress]]]]:
+    found: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Progress]]]] = {}
+    for ticket, progress in news.items():
+        found.setdefault(ticket.loop, []).append((ticket, progress))
+    return found
+
+
+def _put(ticket: Ticket, news: list[list[TokenScore | None]] | Exception) -> None:
+    ticket.loop.call_soon_threadsafe(ticket.queue.put_nowait, news)
+
+
+def _log_unless_users(error: Exception) -> None:
+    if isinstance(error, KitaeError):
+        log.warning("a request failed: %s", error)
+    else:
+        log.exception("a request failed", exc_info=error)
+

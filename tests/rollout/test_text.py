@@ -1,0 +1,58 @@
+"""Text that grows token by token, against the whole text decoded at once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kitae.rollout.text import GrowingText, cut_at_stop, first_stop
+
+
+def decode(ids: list[int]) -> str:
+    """Tokens are bytes, as in a byte-level tokenizer."""
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def pieces_of(text: str, *, stop: list[str]) -> tuple[list[str], int]:
+    """The pieces shown, and how many bytes were read until it stopped."""
+    growing = GrowingText(decode, stop=stop)
+    pieces = []
+    ids = list(text.encode())
+    for count, token in enumerate(ids, 1):
+        is_stopped = growing.add(token)
+        pieces.append(growing.take(is_last=is_stopped or count == len(ids)))
+        if is_stopped:
+            return pieces, count
+    return pieces, len(ids)
+
+
+@given(
+    st.text(alphabet="ab\u00e9\u6f22", max_size=30),
+    st.lists(st.text(alphabet="ab\u6f22", min_size=1, max_size=4), max_size=3),
+)
+def test_the_pieces_are_the_text_before_the_first_stop_string(text: str, stop: list[str]):
+    pieces, num_read = pieces_of(text, stop=stop)
+    assert "".join(pieces) == cut_at_stop(text, stop)
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    if ends:  # it stops at the byte that completes the first one complete
+        assert num_read == len(text[: min(ends)].encode())
+
+
+def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_none():
+    assert pieces_of("a</x", stop=["</y>"])[0] == ["a", "", "", "</x"]
+    assert pieces_of("a</", stop=["</y>"])[0] == ["a", "", "</"]
+
+
+def test_half_a_character_waits_for_the_other_half_and_is_shown_at_the_end():
+    assert pieces_of("a\u00e9b", stop=[])[0] == ["a", "", "\u00e9", "b"]
+    growing = GrowingText(decode)
+    assert not growing.add("\u00e9".encode()[0])
+    assert growing.take(is_last=False) == ""
+    assert growing.take(is_last=True) == "\ufffd"
+
+
+def test_the_first_of_several_stop_strings_counts():
+    assert first_stop("one two", ["two", "one"]) == 0
+    assert first_stop("one two", ["three"]) is None
+    assert cut_at_stop("one two", ["two", "three"]) == "one "
+    assert cut_at_stop("one two", []) == "one two"
