@@ -1,4 +1,4 @@
-"""The model and the chat rows that training benchmarks share: `python chat_workload.py FOLDER --rows 400`.
+"""The models and the chat rows that training benchmarks share: `python chat_workload.py FOLDER --rows 400`.
 
 Every token is one word of a made-up language, so that row lengths are known exactly and both sides of a comparison
 see the same token ids. Rows are `prompt` and `completion` turns, which every side teaches alike: completions only.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 from pathlib import Path
@@ -25,15 +26,28 @@ MEDIAN, SIGMA, SHORTEST, LONGEST = 150, 0.604, 16, 600
 """Row lengths are log-normal: median 150 tokens, mean 180."""
 PROMPT_SHARE = 0.25
 
-SIZES: dict[str, dict[str, int]] = {
+QUESTION_WORDS = 24
+"""Words of a question to sample completions of."""
+MEAN_COMPLETION = 120
+"""Tokens after which an untrained model of sampling benchmarks ends a completion, on average."""
+
+SIZES: dict[str, dict[str, Any]] = {
     "5m": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "30m": {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 8,
             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+    "42m-150k": {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "13m-moe": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+                "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64,
+                "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64, "moe_intermediate_size": 192,
+                "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1, "n_group": 4,
+                "topk_group": 2, "first_k_dense_replace": 1},
     "tiny": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
 }  # fmt: skip
-"""Qwen3-like models with tied embeddings: 5.2 M and 31 M parameters, and one for trying a benchmark out."""
+"""Qwen3-like models with tied embeddings, the third with the vocabulary of Qwen's models; one like DeepSeek-V3 (latent
+attention, 16 experts of which 4 are used, embeddings not tied); and one for trying a benchmark out."""
 
 
 def words(count: int) -> list[str]:
@@ -78,13 +92,23 @@ def pairs(made: list[dict[str, Any]], *, vocabulary: list[str], seed: int) -> li
     return found
 
 
+def questions(count: int, *, vocabulary: list[str], seed: int) -> list[dict[str, Any]]:
+    """Prompts to sample completions of. No answer is right: what the completions earn is up to the benchmark's reward."""
+    draw = random.Random(seed + 2)
+    texts = (" ".join(draw.choices(vocabulary, k=QUESTION_WORDS)) for _ in range(count))
+    return [{"prompt": [{"role": "user", "content": text}], "answer": "none"} for text in texts]
+
+
 def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, Any]:
-    """Write folder/model, as Hugging Face has them, folder/rows.jsonl and folder/pairs.jsonl; return what they are."""
+    """Write folder/model, as Hugging Face has them, and rows.jsonl, pairs.jsonl and questions.jsonl; return what they are.
+
+    folder/sampler is the same model, changed to end its completions (`ending`).
+    """
     import torch
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+    from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedTokenizerFast, Qwen3Config
 
     from kitae.backends.cpu import CpuBackend
 
@@ -103,10 +127,11 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
         model_max_length=4096,
     )
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    is_moe = "n_routed_experts" in sizes
+    config = (DeepseekV3Config if is_moe else Qwen3Config)(
         **sizes,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not is_moe,
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
@@ -114,17 +139,22 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    parameters = sum(p.numel() for p in model.parameters())
     made = rows(num_rows, vocabulary=vocabulary, seed=seed)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    of_pairs = pairs(made, vocabulary=vocabulary, seed=seed)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_pairs))
+    write(folder / "rows.jsonl", made)
+    write(folder / "pairs.jsonl", pairs(made, vocabulary=vocabulary, seed=seed))
+    write(folder / "questions.jsonl", questions(num_rows, vocabulary=vocabulary, seed=seed))
+    if not is_moe:
+        ending(model)
+        model.save_pretrained(folder / "sampler")
+        tokenizer.save_pretrained(folder / "sampler")
     taught = [len(row["completion"][0]["content"].split()) + 1 for row in made]
     lengths = [
         len(row["prompt"][0]["content"].split()) + n - 1 + OVERHEAD
         for row, n in zip(made, taught, strict=True)
     ]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "rows": num_rows,
         "median_tokens": statistics.median(lengths),
         "mean_tokens": statistics.fmean(lengths),
@@ -132,6 +162,26 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
         "taught_share": sum(taught) / sum(lengths),
         "fast_bfloat16": CpuBackend().supports("bfloat16")[0],
     }
+
+
+def ending(model: Any) -> None:
+    """Let an untrained model sample its end token about once in MEAN_COMPLETION tokens, wherever it is.
+
+    The first number of every embedding becomes the same and large, so that the first number of the last hidden state is
+    about the same at every position; the end token's output weight for it then sets its logit above all others.
+    """
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    end, vocab_size = model.config.eos_token_id, weight.shape[0]
+    with torch.no_grad():
+        weight[:, 0] = weight.std() * weight.shape[1] ** 0.5
+        hidden = model.model(torch.randint(vocab_size, (8, 64))).last_hidden_state
+        weight[end, 0] += math.log(vocab_size / MEAN_COMPLETION) / hidden[..., 0].mean()
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def main() -> None:

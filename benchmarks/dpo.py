@@ -61,29 +61,11 @@ def report(measured: dict[str, list[Measurement]], *, options: argparse.Namespac
     )
     harness.print_machine(measured)
     targets = TARGETS if options.size == "5m" and not options.lora_rank else {}
-    harness.print_table(
-        ["", "pairs/s", "peak RSS MiB", "kitae speed", "target", "kitae memory", "target"],
-        [row(name, measured, targets) for name in measured],
-    )
+    comparisons = harness.compare(measured, key="pairs_per_s", targets=targets)
+    harness.print_comparisons(comparisons, unit="pairs/s", digits=2)
     if options.json:
-        harness.write_json(options.json, measured=measured)
+        harness.write_json(options.json, measured=measured, comparisons=comparisons, unit="pairs/s")
     sft.check_losses(measured)
-
-
-def row(
-    name: str, measured: dict[str, list[Measurement]], targets: dict[str, tuple[float, float]]
-) -> list[str]:
-    runs, ours = measured[name], measured["kitae"]
-    numbers = [
-        harness.show(harness.spread(runs, "pairs_per_s"), digits=2),
-        harness.show(harness.spread(runs, "peak_rss_mib")),
-    ]
-    if name == "kitae":
-        return [name, *numbers, "", "", "", ""]
-    speed = harness.show(harness.ratio(ours, runs, "pairs_per_s"), digits=2)
-    memory = harness.show(harness.ratio(ours, runs, "peak_rss_mib"), digits=2)
-    fast, small = targets.get(name, (None, None))
-    return [name, *numbers, speed, f">= {fast}" if fast else "", memory, f"<= {small}" if small else ""]
 
 
 if __name__ == "__main__":

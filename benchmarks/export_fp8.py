@@ -110,14 +110,10 @@ def main() -> None:
 def report(measured: dict[str, list[Measurement]], args: argparse.Namespace) -> None:
     print(f"FP8 to BF16, {args.files} files of {args.experts} experts, {args.threads} threads")
     harness.print_machine(measured)
-    rows = []
-    for name, runs in measured.items():
-        numbers = [harness.show(harness.spread(runs, key)) for key in ("mib_per_s", "peak_rss_mib")]
-        ratio = harness.show(harness.ratio(runs, measured["floor"], "mib_per_s"), digits=2)
-        rows.append([name, *numbers, *((ratio, f">= {AIM}") if name == "kitae" else ("", ""))])
-    harness.print_table(["", "MiB/s written", "peak RSS MiB", "of the floor's speed", "aim"], rows)
+    comparisons = harness.compare(measured, key="mib_per_s", targets={"floor": (AIM, None)})
+    harness.print_comparisons(comparisons, unit="MiB/s written")
     if args.json:
-        harness.write_json(args.json, measured=measured, files=args.files, experts=args.experts)
+        harness.write_json(args.json, measured=measured, comparisons=comparisons, unit="MiB/s written")
 
 
 if __name__ == "__main__":

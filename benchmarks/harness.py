@@ -64,6 +64,23 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """kitae beside one peer: a line of the tables in docs/benchmarks.md, and an entry of results.json."""
+
+    ours: Spread
+    theirs: Spread
+    ratio: Spread
+    """How many times as fast kitae is, round by round: above 1 it is faster, whatever the unit."""
+    our_memory_mib: Spread
+    their_memory_mib: Spread
+    memory_ratio: Spread
+    """kitae's peak memory over the peer's."""
+    target: float | None = None
+    """The ratio that is to be reached."""
+    memory_target: float | None = None
+
+
 class ChildError(Exception):
     """A measured command failed or printed no JSON line."""
 
@@ -129,6 +146,37 @@ def ratio(ours: Sequence[Measurement], theirs: Sequence[Measurement], key: str) 
     return Spread.of([_value(a, key) / _value(b, key) for a, b in zip(ours, theirs, strict=True)])
 
 
+def compare(
+    measured: Mapping[str, Sequence[Measurement]],
+    *,
+    key: str,
+    ours: str = "kitae",
+    is_time: bool = False,
+    targets: Mapping[str, tuple[float | None, float | None]] | None = None,
+) -> dict[str, Comparison]:
+    """`ours` beside every other contender, by the printed number `key`; `is_time` says that less is better.
+
+    `targets` has the ratio and the share of memory to reach, by contender.
+    """
+    runs = measured[ours]
+    found = {}
+    for name, others in measured.items():
+        if name == ours:
+            continue
+        fast, small = (targets or {}).get(name, (None, None))
+        found[name] = Comparison(
+            ours=spread(runs, key),
+            theirs=spread(others, key),
+            ratio=ratio(others, runs, key) if is_time else ratio(runs, others, key),
+            our_memory_mib=spread(runs, "peak_rss_mib"),
+            their_memory_mib=spread(others, "peak_rss_mib"),
+            memory_ratio=ratio(runs, others, "peak_rss_mib"),
+            target=fast,
+            memory_target=small,
+        )
+    return found
+
+
 def disturbance(measured: Mapping[str, Sequence[Measurement]]) -> float:
     """The most cores that anything else kept busy during one measurement; 0 where unknown."""
     return max((m.other_cores or 0.0 for runs in measured.values() for m in runs), default=0.0)
@@ -140,7 +188,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "transformers", "peft")},
+        "packages": {name: _version(name) for name in ("kitae", "torch", "transformers", "peft")},
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -169,6 +217,27 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def print_comparisons(
+    comparisons: Mapping[str, Comparison], *, unit: str, ours: str = "kitae", digits: int = 0
+) -> None:
+    """One line for kitae and one for every peer, with the targets."""
+    first = next(iter(comparisons.values()))
+    rows = [[ours, show(first.ours, digits=digits), show(first.our_memory_mib), "", "", "", ""]]
+    for name, c in comparisons.items():
+        rows.append(
+            [
+                name,
+                show(c.theirs, digits=digits),
+                show(c.their_memory_mib),
+                show(c.ratio, digits=2),
+                "" if c.target is None else f">= {c.target:g}",
+                show(c.memory_ratio, digits=2),
+                "" if c.memory_target is None else f"<= {c.memory_target:g}",
+            ]
+        )
+    print_table(["", unit, "peak RSS MiB", f"{ours} speed", "target", f"{ours} memory", "target"], rows)
+
+
 def print_machine(measured: Mapping[str, Sequence[Measurement]]) -> None:
     """One line on the machine, and a warning where something else was running on it."""
     about = machine()
@@ -180,11 +249,29 @@ def print_machine(measured: Mapping[str, Sequence[Measurement]]) -> None:
         )
 
 
-def write_json(path: Path, *, measured: Mapping[str, Sequence[Measurement]], **also: Any) -> None:
-    """Everything measured, with the machine it was measured on."""
+def write_json(
+    path: Path,
+    *,
+    measured: Mapping[str, Sequence[Measurement]],
+    comparisons: Mapping[str, Comparison],
+    unit: str,
+    floor: Mapping[str, Any] | None = None,
+    **also: Any,
+) -> None:
+    """Everything measured, with the machine it was measured on.
+
+    A `floor` says `what` bounds the speed, its `limit` in the same unit, and kitae's `share` of it.
+    """
+    versions: dict[str, str] = {}
+    for runs in measured.values():
+        versions |= runs[0].values.get("versions", {})
     report = {
         "machine": machine(),
+        "versions": versions,
         "other_cores": disturbance(measured),
+        "unit": unit,
+        "comparisons": {name: asdict(comparison) for name, comparison in comparisons.items()},
+        "floor": floor,
         **also,
         "measurements": {name: [asdict(m) for m in runs] for name, runs in measured.items()},
     }

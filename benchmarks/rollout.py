@@ -1,7 +1,8 @@
 """kitae's engines against transformers' generate on one sampling round: `python benchmarks/rollout.py`.
 
 The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn once from a log-normal distribution
-(median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights. They run in
+(median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights, or with
+`--size 80m-moe` a DeepSeek-V3-like one: latent attention, 16 experts of which 4 compute. They run in
 turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the native engine's
 ratio to each, and peak memory. `--prompts 1 --group 1` is a single stream. See docs/benchmarks.md.
 """
@@ -27,9 +28,14 @@ TARGET = 10.5
 GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
 """Rows per call of generate: its best on the machine this was first measured on."""
 SIZES = {
-    "30m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
+    "30m": {"family": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16384, "max_position_embeddings": 2048},
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "80m-moe": {"family": "deepseek_v3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10,
+                "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16384, "moe_intermediate_size": 256,
+                "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+                "first_k_dense_replace": 1, "q_lora_rank": 192, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
+                "qk_rope_head_dim": 32, "v_head_dim": 64, "max_position_embeddings": 2048},
+    "tiny": {"family": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 2048},
 }  # fmt: skip
 
@@ -125,7 +131,8 @@ def make_model(folder: Path, size: str) -> None:
     from kitae.models.toy import make_config
 
     torch.manual_seed(0)
-    config = make_config("qwen3", eos_token_id=None, pad_token_id=None, **SIZES[size])
+    sizes = dict(SIZES[size])
+    config = make_config(sizes.pop("family"), eos_token_id=None, pad_token_id=None, **sizes)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 

@@ -1,6 +1,6 @@
-"""SFT against TRL: `python benchmarks/sft.py --peer-python /path/to/python/with/trl`.
+"""SFT against TRL and transformers' Trainer: `python benchmarks/sft.py --peer-python /path/to/python/with/trl`.
 
-Both train the same model on the same chat rows, alternately, each measurement in a process of its own; printed are
+All train the same model on the same chat rows, alternately, each measurement in a process of its own; printed are
 medians, spreads and the ratios. See docs/benchmarks.md.
 """
 
@@ -13,18 +13,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import harness
+from chat_workload import SIZES
 from harness import Contender, Measurement
 
 HERE = Path(__file__).resolve().parent
 PEERS = {
-    "trl": ["--variant", "default"],
-    "trl-packed": ["--variant", "packed"],
-    "trl-packed-best": ["--variant", "packed", "--gradient-checkpointing", "off"],
-    "trl-padding-free": ["--variant", "padding_free", "--gradient-checkpointing", "off"],
+    "trl": ["sft_trl.py", "--variant", "default"],
+    "trl-packed": ["sft_trl.py", "--variant", "packed"],
+    "trl-packed-best": ["sft_trl.py", "--variant", "packed", "--gradient-checkpointing", "off"],
+    "trl-padding-free": ["sft_trl.py", "--variant", "padding_free", "--gradient-checkpointing", "off"],
+    "transformers": ["sft_transformers.py"],
 }
-"""TRL as it comes; with one packed row of 1,024 tokens a step; that without recomputing activations; padding-free."""
-TARGETS = {"trl": (4.0, 0.4), "trl-packed-best": (1.8, 0.8)}
-"""What kitae is to reach at size 5m, fully trained: times a peer's tokens per second, share of its peak memory."""
+"""TRL as it comes; with one packed row of 1,024 tokens a step; that without recomputing activations; padding-free; and
+transformers' Trainer."""
+TARGETS: dict[tuple[str, bool], dict[str, tuple[float | None, float | None]]] = {
+    ("5m", False): {"trl": (5.5, 0.35), "trl-packed-best": (3.0, 0.6)},
+    ("5m", True): {"trl": (6.0, 0.35), "trl-packed-best": (3.5, 0.55)},
+    ("42m-150k", False): {"trl": (12.0, 0.33), "trl-packed-best": (6.0, 0.7)},
+    ("13m-moe", False): {"trl": (4.5, 0.6), "trl-packed-best": (2.5, 0.9)},
+}
+"""What kitae is to reach at a size, fully trained or as LoRA: times a peer's tokens per second, share of its memory."""
+SHARE_OF_FLOOR = 0.6
+"""How much of the speed of the step's matrix products alone kitae is to reach."""
 LOSS_TOLERANCE = 0.02
 """Relative difference of mean losses beyond which the sides did not do the same work."""
 
@@ -38,7 +48,8 @@ def main() -> None:
             options.precision = "bfloat16" if workload["fast_bfloat16"] else "float32"
         contenders = [kitae(folder, options), *(peer(name, folder, options) for name in options.peers)]
         measured = harness.run_rounds(contenders, rounds=options.rounds)
-        floor = None if options.lora_rank else measure_floor(folder, options)
+        has_floor = not options.lora_rank and "n_routed_experts" not in SIZES[options.size]
+        floor = measure_floor(folder, options) if has_floor else None
     report(measured, workload=workload, floor=floor, options=options)
 
 
@@ -48,14 +59,14 @@ def parse_options() -> argparse.Namespace:
     )
     harness.add_options(parser)
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS)[:3])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["trl", "trl-packed-best", "transformers"])
     parser.add_argument(
         "--precision",
         choices=["same", "default", "float32", "bfloat16"],
         default="same",
         help="same: bfloat16 where this CPU has instructions for it, else float32; default: each side's own choice",
     )
-    parser.add_argument("--size", choices=["5m", "30m", "tiny"], default="5m")
+    parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
@@ -84,7 +95,8 @@ def kitae(folder: Path, options: argparse.Namespace) -> Contender:
 
 
 def peer(name: str, folder: Path, options: argparse.Namespace) -> Contender:
-    command = [options.peer_python, str(HERE / "sft_trl.py"), *PEERS[name], *shared_flags(folder, options)]
+    script, *flags = PEERS[name]
+    command = [options.peer_python, str(HERE / script), *flags, *shared_flags(folder, options)]
     return Contender(name, command, harness.thread_env(options.threads))
 
 
@@ -130,35 +142,32 @@ def report(
     harness.print_machine(measured)
     for name, runs in measured.items():
         print(f"{name}: {runs[0].values['precision']}; {runs[0].values['versions']}")
-    harness.print_table(
-        ["", "tokens/s", "peak RSS MiB", "kitae speed", "target", "kitae memory", "target"],
-        [
-            table_row(name, measured, TARGETS if options.size == "5m" and not options.lora_rank else {})
-            for name in measured
-        ],
-    )
+    targets = TARGETS.get((options.size, options.lora_rank > 0), {})
+    comparisons = harness.compare(measured, key="tokens_per_s", targets=targets)
+    harness.print_comparisons(comparisons, unit="tokens/s")
+    found = None
     if floor is not None:
-        ours = harness.spread(measured["kitae"], "tokens_per_s").median
         limit = floor.values["tokens_per_s"]
+        found = {
+            "what": "the step's matrix products alone",
+            "limit": limit,
+            "share": harness.spread(measured["kitae"], "tokens_per_s").median / limit,
+            "target": SHARE_OF_FLOOR,
+        }
         print(
-            f"floor: the step's matrix products alone would allow {limit:,.0f} tokens/s; kitae is at {ours / limit:.0%}"
+            f"floor: {found['what']} would allow {limit:,.0f} tokens/s ({floor.values['gflop_per_s']:,.0f} GFLOP/s); "
+            f"kitae is at {found['share']:.0%}, target {SHARE_OF_FLOOR:.0%}"
         )
     if options.json:
-        harness.write_json(options.json, measured=measured, workload=workload, floor=floor and floor.values)
+        harness.write_json(
+            options.json,
+            measured=measured,
+            comparisons=comparisons,
+            unit="tokens/s",
+            floor=found,
+            workload=workload,
+        )
     check_losses(measured)
-
-
-def table_row(
-    name: str, measured: dict[str, list[Measurement]], targets: dict[str, tuple[float, float]]
-) -> list[str]:
-    runs, ours = measured[name], measured["kitae"]
-    numbers = [harness.show(harness.spread(runs, key)) for key in ("tokens_per_s", "peak_rss_mib")]
-    if name == "kitae":
-        return [name, *numbers, "", "", "", ""]
-    speed = harness.show(harness.ratio(ours, runs, "tokens_per_s"), digits=2)
-    memory = harness.show(harness.ratio(ours, runs, "peak_rss_mib"), digits=2)
-    fast, small = targets.get(name, (None, None))
-    return [name, *numbers, speed, f">= {fast}" if fast else "", memory, f"<= {small}" if small else ""]
 
 
 def check_losses(measured: dict[str, list[Measurement]]) -> None:

@@ -6,6 +6,8 @@ One source for `--help`, the settings page, error messages and forms. A recipe c
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -367,3 +369,8 @@ def require(condition: bool, message: str) -> None:
 def as_json(config: Section) -> dict[str, Any]:
     """The resolved settings as JSON values, as run.json stores them."""
     return config.model_dump(mode="json")
+
+
+def home() -> Path:
+    """Where kitae keeps what outlives a command: $KITAE_HOME, or ~/.kitae. RuntimeError without a home directory."""
+    return Path(os.environ.get("KITAE_HOME") or Path.home() / ".kitae")

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "errors"},
-    {"config", "settings", "plugins", "algos", "backends", "health"},
+    {"config", "settings", "plugins", "algos", "backends", "compiler", "health"},
     {"data", "rewards", "models", "parallel"},
     {"rollout", "train"},
     {"recipes", "evaluate", "export"},

@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kitae.cli import serve
 from kitae.cli._endpoint import text_of
+from kitae.cli._open import warn_on_stderr
+from kitae.cli.serve import Settings
 from kitae.errors import ConfigError, KitaeError
+from kitae.settings import read
 
 if TYPE_CHECKING:
     from kitae.jobs.endpoints import Endpoint
@@ -33,12 +35,13 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     name, is_waiting, words = _own_flags(argv)
-    use = serve.parse(words)
+    use, notes = read("serve", Settings, words, positional=("model",))
+    warn_on_stderr(notes.warnings)
     for flag in ITS_OWN:
-        if flag in use.model_fields_set:
-            raise ConfigError(f"--{flag}: kitae deploy makes a token of its own; leave it out")
-    if "port" not in use.model_fields_set:
-        words = [*words, "--port", "0"]
+        if flag in notes.origins:
+            raise ConfigError(f"--{flag}: kitae deploy makes a token and files of its own; leave it out")
+    if "port" not in notes.origins:
+        words += ["--port", "0"]
 
     from kitae.jobs import endpoints
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from kitae.cli import _help
 from kitae.cli._open import UseSettings, open_model, warn_on_stderr
-from kitae.config import require
+from kitae.config import home, require
 from kitae.errors import MissingExtraError
 from kitae.settings import read
 
@@ -80,7 +80,9 @@ def main(argv: list[str]) -> int:
         return _serve_external(use, name, adapters)
     only = ("n_gpu_layers", "cache_type_k", "cache_type_v", "max_model_len", "engine_args")
     for setting in only:
-        require(not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out")
+        require(
+            not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out"
+        )
     return _serve(use, name, adapters)
 
 
@@ -101,17 +103,27 @@ def _serve(use: Settings, name: str, adapters: dict[str, Path]) -> int:
         raise MissingExtraError(f"kitae serve needs {error.name}; run: pip install 'kitae[serve]'") from error
     listener = http.bind(use.host, use.port)  # first of all: nobody wants to hear it after a long load
     if use.host not in ("127.0.0.1", "localhost", "::1"):
-        log.warning("listening on %s: traffic is not encrypted; put a proxy with TLS before it on open networks", use.host)
+        log.warning(
+            "listening on %s: traffic is not encrypted; put a proxy with TLS before it on open networks",
+            use.host,
+        )
+    port: int = listener.getsockname()[1]
     with listener:
-        key, key_file = _key(use, listener)
+        key, key_file = _key(use, port)
         try:
             return _run(use, name, adapters, listener, key=key, key_file=key_file)
         finally:
-            _forget(use, listener)
+            _forget(use, port)
 
 
 def _run(
-    use: Settings, name: str, adapters: dict[str, Path], listener: socket.socket, *, key: str, key_file: Path | None
+    use: Settings,
+    name: str,
+    adapters: dict[str, Path],
+    listener: socket.socket,
+    *,
+    key: str,
+    key_file: Path | None,
 ) -> int:
     import asyncio
 
@@ -139,7 +151,9 @@ def _run(
             max_rows=use.batch_size,
         ).engine
 
-    engine = EngineThread(make_lanes(opened.policy, opened.engine, name=name, adapters=adapters, generic=generic))
+    engine = EngineThread(
+        make_lanes(opened.policy, opened.engine, name=name, adapters=adapters, generic=generic)
+    )
     config = opened.policy.causal_lm.config.get_text_config()
     limits = Limits(
         context=opened.context or 1 << 20,
@@ -158,10 +172,11 @@ def _run(
         aliases=[use.model],
     )
     facts = {"url": http.url_of(listener), "models": list(engine.lanes), "api_key_file": str(key_file or "")}
+    port: int = listener.getsockname()[1]
     server = http.make_server(
         make_app(service, gate=Gate(key)),
         grace_s=use.grace_s,
-        on_ready=lambda: _say_ready(use, listener, facts),
+        on_ready=lambda: _say_ready(use, port, facts),
         on_end=service.drain,
     )
     engine.start()
@@ -171,10 +186,10 @@ def _run(
 
 
 def _state_folder() -> Path:
-    return Path(os.environ.get("KITAE_HOME") or Path.home() / ".kitae") / "serve"
+    return home() / "serve"
 
 
-def _key(use: Settings, listener: socket.socket) -> tuple[str, Path | None]:
+def _key(use: Settings, port: int) -> tuple[str, Path | None]:
     """The token, and the file it is in."""
     from kitae.serve.access import checked, new_key, read_key, write_private
 
@@ -184,31 +199,31 @@ def _key(use: Settings, listener: socket.socket) -> tuple[str, Path | None]:
     if use.api_key_file is not None:
         path = Path(use.api_key_file).expanduser()
         return read_key(path), path
-    path = _state_folder() / f"{listener.getsockname()[1]}.token"
+    path = _state_folder() / f"{port}.token"
     key = new_key()
     write_private(path, key + "\n")
     return key, path
 
 
-def _ready_file(use: Settings, listener: socket.socket) -> Path:
-    default = _state_folder() / f"{listener.getsockname()[1]}.json"
+def _ready_file(use: Settings, port: int) -> Path:
+    default = _state_folder() / f"{port}.json"
     return Path(use.ready_file).expanduser() if use.ready_file else default
 
 
-def _say_ready(use: Settings, listener: socket.socket, facts: dict[str, object]) -> None:
+def _say_ready(use: Settings, port: int, facts: dict[str, object]) -> None:
     """One line of JSON for programs, and a line for people."""
     from kitae.serve.access import write_private
 
     line = json.dumps({"status": "ready", "pid": os.getpid(), **facts}, ensure_ascii=False)
-    write_private(_ready_file(use, listener), line + "\n")
+    write_private(_ready_file(use, port), line + "\n")
     print(line, flush=True)
     if sys.stderr.isatty():
         where = f" --token_file {facts['api_key_file']}" if facts["api_key_file"] else " --token ..."
         print(f"talk to it: kitae chat --endpoint {facts['url']}{where}", file=sys.stderr)
 
 
-def _forget(use: Settings, listener: socket.socket) -> None:
+def _forget(use: Settings, port: int) -> None:
     """Take away what said that the server is there."""
-    _ready_file(use, listener).unlink(missing_ok=True)
+    _ready_file(use, port).unlink(missing_ok=True)
     if use.api_key is None and use.api_key_file is None:
-        (_state_folder() / f"{listener.getsockname()[1]}.token").unlink(missing_ok=True)
+        (_state_folder() / f"{port}.token").unlink(missing_ok=True)

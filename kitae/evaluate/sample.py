@@ -139,50 +139,37 @@ def ask_engine(
     """
     for start in range(0, len(problems), problems_at_once):
         chunk = problems[start : start + problems_at_once]
-        groups = _Groups(
-            chunk, n=n, engine=engine, limit=sampling.max_new_tokens, pool=pool, on_answers=on_answers
-        )
+        groups = _Groups(n=n, pool=pool, on_answers=on_answers)
 
-        def on_tokens(place: int, sample: int, ids: list[int], groups: _Groups = groups) -> None:
-            on_token()
-            groups.add(place, sample, ids)
+        def on_tokens(_place: int, _sample: int, ids: list[int]) -> None:
+            for _ in ids:
+                on_token()
 
         try:
-            engine.generate(chunk, n=n, sampling=sampling, seed=seed, on_tokens=on_tokens)
+            engine.generate(
+                chunk, n=n, sampling=sampling, seed=seed, on_tokens=on_tokens, on_rollout=groups.add
+            )
         finally:  # also when a signal ends it: what is answered stays answered
             groups.settle()
 
 
 class _Groups:
-    """Collects tokens as they are sampled. A group that is complete is judged while the others go on."""
+    """Collects completions as they end. A group that is complete is judged while the others go on."""
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        n: int,
-        engine: LocalEngine,
-        limit: int,
-        pool: Rewarder,
-        on_answers: OnAnswers,
-    ) -> None:
-        self._problems, self._n, self._engine, self._limit = problems, n, engine, limit
-        self._pool, self._on_answers = pool, on_answers
-        self._ids: dict[int, list[list[int]]] = {}
-        self._finished: Counter[int] = Counter()
+    def __init__(self, *, n: int, pool: Rewarder, on_answers: OnAnswers) -> None:
+        self._n, self._pool, self._on_answers = n, pool, on_answers
+        self._groups: dict[int, dict[int, Rollout]] = {}
         self._judged: tuple[list[Rollout], Iterator[Score]] | None = None
 
-    def add(self, place: int, sample: int, ids: list[int]) -> None:
-        group = self._ids.setdefault(place, [[] for _ in range(self._n)])
-        group[sample] += ids
-        if group[sample][-1] in self._engine.stop_ids or len(group[sample]) == self._limit:
-            self._finished[place] += 1
-            if self._finished[place] == self._n:
-                self._judge(place)
+    def add(self, place: int, sample: int, rollout: Rollout) -> None:
+        group = self._groups.setdefault(place, {})
+        group[sample] = rollout
+        if len(group) == self._n:
+            del self._groups[place]
+            self._judge([group[sample] for sample in range(self._n)])
 
-    def _judge(self, place: int) -> None:
+    def _judge(self, rollouts: list[Rollout]) -> None:
         """Hand the group to the reward's processes, and take what they say of the group before."""
-        rollouts = [self._rollout(self._problems[place], ids) for ids in self._ids.pop(place)]
         scores = self._pool.score_iter([(r.text, r.problem) for r in rollouts])
         self.settle()
         self._judged = rollouts, scores
@@ -196,16 +183,6 @@ class _Groups:
             self._on_answers(
                 [answer_of(r, score, sample=s, function=name) for s, (r, score) in enumerate(judged)]
             )
-
-    def _rollout(self, problem: Problem, ids: list[int]) -> Rollout:
-        has_ended = ids[-1] in self._engine.stop_ids
-        return Rollout(
-            problem=problem,
-            text=problem.prefill + self._engine.decode(ids[:-1] if has_ended else ids),
-            token_ids=ids,
-            logprobs=[],
-            finish_reason="stop" if has_ended else "length",
-        )
 
 
 def ask_endpoint(

@@ -127,7 +127,7 @@ def merge(
         if was_fp8 or weights.packed:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
 
-    def make(name: str, source: str | None = None) -> Item:
+    def make(name: str, source: str | None = None) -> Item[Output]:
         return _item(
             weights,
             name,
@@ -271,9 +271,9 @@ def _quantization(
 # tensor by tensor ----------------------------------------------------------------------------------------------
 
 
-def _shards(weights: Weights, make: Callable[..., Item], *, head_from: str | None = None) -> list[Shard]:
+def _shards(weights: Weights, make: Callable[..., Item[Output]], *, head_from: str | None = None) -> list[Shard]:
     """The source's files with the tensors each gets; a head of its own goes where the embeddings are."""
-    found: dict[Path, list[Item]] = {path: [] for path in weights.files}
+    found: dict[Path, list[Item[Output]]] = {path: [] for path in weights.files}
     for name, stored in weights.tensors.items():
         found[stored.file].append(make(name))
     if head_from is not None:
@@ -289,7 +289,7 @@ def _item(
     change: Change | None = None,
     to_fp8: bool = False,
     power_of_two: bool = False,
-) -> Item:
+) -> Item[Output]:
     """How tensor `name` of the output is made of `source` (else the same name) of the model."""
     source = source or name
     stored, shape = weights.tensors[source], weights.shape(source)

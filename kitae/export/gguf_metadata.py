@@ -17,9 +17,6 @@ from kitae.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-SOFTMAX, SIGMOID = 1, 2
-"""How llama.cpp counts the functions that gate experts."""
-
 
 def model_metadata(writer: Any, config: Mapping[str, Any], *, vocab_size: int) -> None:
     """Write a model's hyperparameters to a gguf.GGUFWriter, which is typed Any because it is an extra's.
@@ -74,6 +71,8 @@ def _refuse_other_meanings(config: Mapping[str, Any]) -> None:
 
 def _latent_attention(writer: Any, config: Mapping[str, Any]) -> None:
     """DeepSeek's MLA, which llama.cpp runs with one key head (arXiv:2405.04434, section 2.1), and its experts."""
+    import gguf
+
     rank, rope = int(config["kv_lora_rank"]), int(config["qk_rope_head_dim"])
     writer.add_head_count_kv(1)
     if config.get("q_lora_rank"):
@@ -98,7 +97,8 @@ def _latent_attention(writer: Any, config: Mapping[str, Any]) -> None:
     writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     writer.add_expert_weights_scale(float(config.get("routed_scaling_factor") or 1.0))
     writer.add_expert_weights_norm(bool(config.get("norm_topk_prob")))
-    writer.add_expert_gating_func(SIGMOID if is_v3 else SOFTMAX)
+    gating = gguf.ExpertGatingFuncType
+    writer.add_expert_gating_func(gating.SIGMOID if is_v3 else gating.SOFTMAX)
     if groups > 1:
         writer.add_expert_group_count(groups)
         writer.add_expert_group_used_count(int(config["topk_group"]))

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock as Mutex
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -57,20 +57,50 @@ class Output:
         return size
 
 
+class Named(Protocol):
+    """A tensor to be written, of any format."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class Written(Protocol):
+    """A file to be written, of any format: a Shard of safetensors, or a GGUF file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def items(self) -> Sequence[Item[Any]]: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def header(self) -> tuple[bytes, dict[str, int]]:
+        """The file's first bytes, and where in it each tensor begins."""
+        ...
+
+
+O = TypeVar("O", bound=Named)
+
+
 @dataclass(frozen=True, slots=True)
-class Item:
+class Item(Generic[O]):
     """Tensors that are made together, such as an FP8 weight and its scales."""
 
-    outputs: list[Output]
+    outputs: list[O]
     pieces: Callable[[], Pieces]
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file."""
+    """One file of safetensors."""
 
     name: str
-    items: list[Item]
+    items: list[Item[Output]]
 
     def header(self) -> tuple[bytes, dict[str, int]]:
         """The file's first bytes, and where in it each tensor begins: wide types first, so that all are aligned."""
@@ -117,7 +147,7 @@ def as_bytes(tensor: Tensor) -> Bytes:
 
 def write(
     folder: Path,
-    shards: Sequence[Shard],
+    shards: Sequence[Written],
     *,
     identity: Mapping[str, Any],
     num_workers: int,
@@ -134,7 +164,7 @@ def write(
     outer = ThreadPoolExecutor(IN_FLIGHT)
     mutex = Mutex()
 
-    def finish(shard: Shard) -> None:
+    def finish(shard: Written) -> None:
         if shard.name in done:
             if _digest_of(folder / shard.name, shard, pool, progress) == done[shard.name]["xxh3_128"]:
                 return
@@ -178,13 +208,19 @@ def os_errors(path: Path) -> Generator[None, None, None]:
         raise RunDirError(explain(error, path)) from error
 
 
+def is_other(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a folder holds half of another export."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest is not None and manifest["identity"] != json.loads(json.dumps(dict(identity)))
+
+
 def _finished(
-    folder: Path, shards: Sequence[Shard], *, identity: Mapping[str, Any]
+    folder: Path, shards: Sequence[Written], *, identity: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Entries of shards that an earlier start finished; leftovers of half a shard are removed."""
     known = {shard.name: shard.num_bytes for shard in shards}
     manifest = read_json(folder / MANIFEST) or {"identity": dict(identity), "shards": {}}
-    if manifest["identity"] != json.loads(json.dumps(dict(identity))):
+    if is_other(folder, identity):
         raise RunDirError(
             f"{folder} holds half of another export (other settings, or files that changed since); remove that "
             "folder, or choose another --output"
@@ -204,7 +240,7 @@ def _write_manifest(folder: Path, identity: Mapping[str, Any], done: Mapping[str
     write_json(folder / MANIFEST, {"format": FORMAT, "identity": dict(identity), "shards": dict(done)})
 
 
-def _require_space(folder: Path, shards: Sequence[Shard]) -> None:
+def _require_space(folder: Path, shards: Sequence[Written]) -> None:
     needed = sum(shard.num_bytes for shard in shards) + SPARE_BYTES
     free = free_bytes(folder)
     if shards and free is not None and free < needed:
@@ -214,13 +250,13 @@ def _require_space(folder: Path, shards: Sequence[Shard]) -> None:
         )
 
 
-def _write_shard(folder: Path, shard: Shard, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, Any]:
+def _write_shard(folder: Path, shard: Written, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, Any]:
     header, offsets = shard.header()
     aside = folder / f".tmp-{shard.name}"
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     digests: dict[str, bytes] = {}
 
-    def make(item: Item) -> bool:
+    def make(item: Item[Any]) -> bool:
         pieces = item.pieces()
         ends = [offsets[output.name] for output in item.outputs]
         hashes = [xxhash.xxh3_128() for _ in item.outputs]
@@ -280,7 +316,7 @@ def _combined(header: bytes, offsets: Mapping[str, int], digests: Mapping[str, b
     return combined.hexdigest()
 
 
-def _digest_of(path: Path, shard: Shard, pool: ThreadPoolExecutor, progress: Progress) -> str:
+def _digest_of(path: Path, shard: Written, pool: ThreadPoolExecutor, progress: Progress) -> str:
     """The same hash from a file that is there."""
     header, offsets = shard.header()
     sizes = {o.name: o.num_bytes for item in shard.items for o in item.outputs}

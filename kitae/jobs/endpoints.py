@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kitae.config import home
 from kitae.errors import ConfigError, LockedError
 from kitae.jobs.job import ENDED, Job
 from kitae.jobs.supervisor import read
@@ -91,11 +92,6 @@ class Endpoint:
                 (line for line in reversed(self.job.log_tail()) if line.strip()), "it said nothing"
             )
         return found
-
-
-def home() -> Path:
-    """Where kitae keeps what outlives a command: $KITAE_HOME, or ~/.kitae."""
-    return Path(os.environ.get("KITAE_HOME") or Path.home() / ".kitae")
 
 
 def everything() -> list[Endpoint]:

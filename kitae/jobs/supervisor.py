@@ -54,7 +54,6 @@ def main() -> int:
             log.write(f"{job['command'][0]} cannot be started: {error}\n".encode())
             put(folder / "ended.json", {"code": 127, "time": time.time(), "stopped": False})
             return 0
-    os.close(lock)  # from here on the lock is the job's alone
     put(folder / "supervisor.json", {"pid": child.pid, "began": began(child.pid), "started": time.time()})
     code = _wait(child, folder)
     _kill_group(child.pid)  # workers that the command left behind
@@ -62,6 +61,7 @@ def main() -> int:
         folder / "ended.json", {"code": code, "time": time.time(), "stopped": (folder / "stop.json").exists()}
     )
     os.close(watching)
+    os.close(lock)  # held to here: a job whose lock is free has ended.json, unless its supervisor was killed
     return 0
 
 

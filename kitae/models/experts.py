@@ -1,20 +1,24 @@
 """Routed experts as slices of one sorted tensor: one stable sort by expert, one matrix product per expert used.
 
-    hidden_TH --sort by expert--> [M, H] --gate_up, gate, down--> [M, H] --back, weighted sum--> [T, H]
+    hidden_TH --copy of each token per expert--> x_SH --gate_up--> h_SG --gate--> a_SI --down--> y_SH --weighted sum--> [T, H]
 
-M is tokens x experts per token, E experts, R rank of an adapter. Frozen experts compute no weight gradient, and
-adapters (W + scale B A per expert) are multiplied as two thin products, never as a sum of weights.
+S slots: tokens x experts per token, sorted by expert, each expert's rows padded so that the shapes of products repeat;
+G is 2 I, E experts, k experts per token, R rank of an adapter. One autograd function: only h is kept for the backward,
+frozen experts compute no weight gradient, and adapters (W + scale B A per expert) are multiplied as two thin products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kitae.models.moves import move
+ROUND_TO = 16
+"""An expert's rows above this are rounded up to a multiple: oneDNN takes over a millisecond to prepare a new shape."""
 
 
 class ExpertAdapter(NamedTuple):
@@ -46,71 +50,175 @@ def experts_forward(
     adapters: Mapping[str, list[ExpertAdapter]] | None = None,
 ) -> Tensor:
     """transformers' experts interface; `adapters` by parameter name are added to that parameter's product."""
-    num_tokens, k = top_k_index.shape
-    adapters = adapters or {}
+    named = [(adapters or {}).get(name, []) for name in ("gate_up_proj", "down_proj")]
+    task = _Task(
+        slots=_sort(top_k_index, module.num_experts),
+        gate=module._apply_gate,
+        scales=[[adapter.scale for adapter in own] for own in named],
+    )
+    low = [tensor for own in named for adapter in own for tensor in (adapter.a_ERI, adapter.b_EOR)]
+    out: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, top_k_weights, module.gate_up_proj, module.down_proj, task, *low
+    )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """Which expert owns which slots, and which token lies in each; padding slots hold token 0 with weight 0."""
+
+    own: list[tuple[int, slice]]
+    slot_Tk: Tensor
+    token_S: Tensor
+
+    def weights(self, top_k_weights: Tensor) -> Tensor:
+        weight_S = top_k_weights.new_zeros(len(self.token_S))
+        weight_S[self.slot_Tk] = top_k_weights
+        return weight_S
+
+
+def _sort(top_k_index: Tensor, num_experts: int) -> _Slots:
+    k = top_k_index.shape[1]
     expert_M, order_M = top_k_index.flatten().sort(stable=True)
-    back_M = order_M.argsort()
-    counts = torch.bincount(expert_M, minlength=module.num_experts).tolist()
-
-    repeated = hidden_TH[:, None].expand(-1, k, -1).reshape(num_tokens * k, -1)
-    x_MH = move(repeated, order_M, back=back_M)
-    gated = module._apply_gate(_linear(module, "gate_up_proj", x_MH, counts, adapters))
-    y_MH = _linear(module, "down_proj", gated, counts, adapters)
-    y_TkH = move(y_MH, back_M, back=order_M).view(num_tokens, k, -1)
-    return (y_TkH * top_k_weights[..., None]).sum(1).to(hidden_TH.dtype)
-
-
-def _linear(
-    module: Any, name: str, x: Tensor, counts: list[int], adapters: Mapping[str, list[ExpertAdapter]]
-) -> Tensor:
-    y = _grouped_linear(x, getattr(module, name), counts)
-    for adapter in adapters.get(name, ()):
-        low = _grouped_linear(x, adapter.a_ERI, counts)
-        y = y + _grouped_linear(low, adapter.b_EOR, counts) * adapter.scale
-    return y
+    counts = torch.bincount(expert_M, minlength=num_experts)
+    padded = torch.where(counts > ROUND_TO, (counts + ROUND_TO - 1) // ROUND_TO * ROUND_TO, counts)
+    padding_before_E = (padded - counts).cumsum(0) - (padded - counts)
+    slot_M = torch.arange(len(order_M), device=order_M.device) + padding_before_E[expert_M]
+    slot_Tk = torch.empty_like(slot_M)
+    slot_Tk[order_M] = slot_M
+    ends = [0, *padded.cumsum(0).tolist()]
+    token_S = slot_M.new_zeros(ends[-1])
+    token_S[slot_M] = order_M // k
+    own = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(ends)) if end > start]
+    return _Slots(own, slot_Tk.view_as(top_k_index), token_S)
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    y: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
-    return y
+@dataclass(frozen=True, slots=True)
+class _Task:
+    slots: _Slots
+    gate: Callable[[Tensor], Tensor]
+    scales: list[list[float]]
+    """Of the adapters of gate_up_proj, and of down_proj."""
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """Rows sorted by expert, each expert's times its own [out, in] weight.
-
-    A weight with a float32 `main_grad` gets its gradient added there, and none in `.grad`.
-    """
+class _Experts(torch.autograd.Function):
+    """A weight with a float32 `main_grad` gets its gradient added there, and none in `.grad`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        y = x.new_empty(len(x), weight.shape[1])
-        for e, own in _slices(counts):
-            torch.mm(x[own], weight[e].t(), out=y[own])
-        ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.main_grad = counts, getattr(weight, "main_grad", None)
-        return y
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_Tk: Tensor,
+        gate_up_EGH: Tensor,
+        down_EHI: Tensor,
+        task: _Task,
+        *low: Tensor,
+    ) -> Tensor:
+        slots = task.slots
+        gate_up, down = _weights(gate_up_EGH, down_EHI, task, low)
+        h_SG = gate_up.product(hidden_TH.index_select(0, slots.token_S), slots)
+        y_SH = down.product(task.gate(h_SG), slots)
+        ctx.save_for_backward(hidden_TH, weight_Tk, gate_up_EGH, down_EHI, h_SG, *low)
+        ctx.task = task
+        ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (gate_up_EGH, down_EHI)]
+        y_TkH = y_SH.index_select(0, slots.slot_Tk.flatten()).view(*weight_Tk.shape, -1)
+        return (y_TkH * weight_Tk[..., None]).sum(1).to(hidden_TH.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        target = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            target = ctx.main_grad
-            if target is None:
-                target = grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-        for e, own in _slices(ctx.counts):
-            if grad_x is not None:
-                torch.mm(grad[own], weight[e], out=grad_x[own])
-            if target is not None:
-                target[e].add_(grad[own].t() @ x[own])
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TH, weight_Tk, gate_up_EGH, down_EHI, h_SG, *low = ctx.saved_tensors
+        task, slots = ctx.task, ctx.task.slots
+        needs_hidden, needs_weights, needs_gate_up, needs_down, _, *needs_low = ctx.needs_input_grad
+        gate_up, down = _weights(gate_up_EGH, down_EHI, task, low)
+        split = 2 * len(task.scales[0])
+        with torch.enable_grad():  # the gate is any function of the model's
+            h_SG = h_SG.detach().requires_grad_()
+            a_SI = task.gate(h_SG)
+        # y is not kept: its product with the gradient, which the router gets, equals that of a with a's gradient.
+        grad_y_SH = grad_TH.index_select(0, slots.token_S)
+        grad_a_SI = down.back_product(grad_y_SH, slots)
+        grad_weight_Tk = None
+        if needs_weights:
+            dots_S = (grad_a_SI.float() * a_SI.detach()).sum(1)
+            grad_weight_Tk = dots_S[slots.slot_Tk].to(weight_Tk.dtype)
+        weight_S1 = slots.weights(weight_Tk)[:, None]
+        grad_y_SH.mul_(weight_S1)
+        grad_a_SI.mul_(weight_S1)
+        grad_down, *grads_down = down.gradients(
+            a_SI.detach(), grad_y_SH, slots, [needs_down, *needs_low[split:]], ctx.main_grads[1]
+        )
+        grad_hidden_TH = grad_gate_up = None
+        grads_gate_up: list[Tensor | None] = [None] * split
+        if needs_hidden or needs_gate_up or any(needs_low[:split]):
+            (grad_h_SG,) = torch.autograd.grad(a_SI, h_SG, grad_a_SI)
+            grad_gate_up, *grads_gate_up = gate_up.gradients(
+                hidden_TH.index_select(0, slots.token_S),
+                grad_h_SG,
+                slots,
+                [needs_gate_up, *needs_low[:split]],
+                ctx.main_grads[0],
+            )
+            if needs_hidden:
+                grad_x_SH = gate_up.back_product(grad_h_SG, slots)
+                grad_x_TkH = grad_x_SH.index_select(0, slots.slot_Tk.flatten()).view(*weight_Tk.shape, -1)
+                grad_hidden_TH = grad_x_TkH.sum(1)
+        return grad_hidden_TH, grad_weight_Tk, grad_gate_up, grad_down, None, *grads_gate_up, *grads_down
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """One weight per expert with its adapters; rows of the inputs are sorted by expert."""
+
+    weight_EOI: Tensor
+    adapters: list[ExpertAdapter]
+
+    def product(self, x_SI: Tensor, slots: _Slots) -> Tensor:
+        """x W^T + scale (x A^T) B^T."""
+        y_SO = x_SI.new_empty(len(x_SI), self.weight_EOI.shape[1])
+        for e, own in slots.own:
+            torch.mm(x_SI[own], self.weight_EOI[e].t(), out=y_SO[own])
+            for a_ERI, b_EOR, scale in self.adapters:
+                y_SO[own].addmm_(x_SI[own] @ a_ERI[e].t(), b_EOR[e].t(), alpha=scale)
+        return y_SO
+
+    def back_product(self, grad_SO: Tensor, slots: _Slots) -> Tensor:
+        """The gradient of x: dY W + scale (dY B) A."""
+        grad_SI = grad_SO.new_empty(len(grad_SO), self.weight_EOI.shape[2])
+        for e, own in slots.own:
+            torch.mm(grad_SO[own], self.weight_EOI[e], out=grad_SI[own])
+            for a_ERI, b_EOR, scale in self.adapters:
+                grad_SI[own].addmm_(grad_SO[own] @ b_EOR[e], a_ERI[e], alpha=scale)
+        return grad_SI
+
+    def gradients(
+        self,
+        x_SI: Tensor,
+        grad_SO: Tensor,
+        slots: _Slots,
+        needs: Sequence[bool],
+        main_grad: Tensor | None,
+    ) -> Iterator[Tensor | None]:
+        """Of the weight (None where main_grad took it), then of each adapter's A and B; None where not needed."""
+        grad_EOI = main_grad
+        if needs[0]:
+            if grad_EOI is None:
+                grad_EOI = torch.zeros_like(self.weight_EOI)
+            for e, own in slots.own:
+                grad_EOI[e].add_(grad_SO[own].t() @ x_SI[own])
+        yield grad_EOI if needs[0] and main_grad is None else None
+        for a_ERI, b_EOR, scale in self.adapters:
+            grad_ERI, grad_EOR = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
+            for e, own in slots.own:
+                torch.mm((grad_SO[own] @ b_EOR[e]).mul_(scale).t(), x_SI[own], out=grad_ERI[e])
+                torch.mm(grad_SO[own].t(), (x_SI[own] @ a_ERI[e].t()).mul_(scale), out=grad_EOR[e])
+            yield grad_ERI
+            yield grad_EOR
+
+
+def _weights(
+    gate_up_EGH: Tensor, down_EHI: Tensor, task: _Task, low: Sequence[Tensor]
+) -> tuple[_Weight, _Weight]:
+    """Both weights with their adapters, whose matrices `low` holds in the order of task.scales."""
+    pairs = iter(zip(low[::2], low[1::2], strict=True))
+    gate_up, down = ([ExpertAdapter(*next(pairs), scale=scale) for scale in scales] for scales in task.scales)
+    return _Weight(gate_up_EGH, gate_up), _Weight(down_EHI, down)

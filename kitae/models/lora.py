@@ -313,7 +313,7 @@ def _experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_we
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             # peft lays A out as (E R, in) and B as (out, R E) with the expert fastest.
             a_ERI = a.view(wrapper.num_experts, -1, a.shape[1])
-            b_EOR = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+            b_EOR = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1).contiguous()
             adapter = experts.ExpertAdapter(a_ERI, b_EOR, wrapper.scaling[name])
             adapters.setdefault(wrapper.parameter_name, []).append(adapter)
         wrapper = wrapper.base_layer

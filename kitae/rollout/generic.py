@@ -80,7 +80,7 @@ class GenericEngine:
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
-        """See LocalEngine."""
+        """See SessionEngine."""
         scheduler = Scheduler(max_rows=max_rows or self.max_rows)
         context = getattr(self.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         rows: Rows

@@ -89,7 +89,7 @@ class NativeEngine:
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
-        """See LocalEngine."""
+        """See SessionEngine."""
         if self._model is None:
             self.sync()
         assert self._model is not None

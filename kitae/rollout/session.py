@@ -137,7 +137,7 @@ def _event(request: Request, count: int) -> Event:
     return Event(request, request.token_ids[count:], text, reason)
 
 
-class LocalEngine(Protocol):
+class SessionEngine(Protocol):
     """An engine that holds the policy in this process."""
 
     max_rows: int
@@ -150,7 +150,7 @@ class LocalEngine(Protocol):
 
 
 def sample_all(
-    engine: LocalEngine,
+    engine: SessionEngine,
     limits: Sequence[Sequence[int]],
     *,
     problems: Sequence[Problem],

@@ -51,6 +51,8 @@ class Answering:
         """The answer in one piece."""
         async with self._watched(receive):
             choices, news = await self._start()
+            for choice in choices:
+                choice.begin()
             async for progress in news:
                 for piece in progress:
                     choices[piece.choice].add(piece)

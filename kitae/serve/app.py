@@ -340,9 +340,8 @@ class Guard:
             await _refuse(refusal)(scope, receive, counting)
         except Exception as error:
             log.exception("a request failed", exc_info=error)
-            if status:
-                raise
-            await _refuse(Refusal("the server failed; its log says why", status=500))(scope, receive, counting)
+            if not status:
+                await (await _failed(Request(scope), error))(scope, receive, counting)
         finally:
             self._metrics.requests.labels(_known_path(scope["path"]), str(status)).inc()
 
@@ -367,7 +366,7 @@ def make_app(service: Service, *, gate: Gate) -> ASGIApp:
         Route("/health", service.health),
         Route("/metrics", service.metrics_text),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled, Exception: _failed})
     app.router.redirect_slashes = False
     return Guard(app, gate=gate, service=service)
 
@@ -376,6 +375,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
     reason = {404: "there is nothing at", 405: "this method is not allowed at"}.get(error.status_code, error.detail)
     return _refuse(Refusal(f"{reason} {request.url.path}", status=error.status_code))
+
+
+async def _failed(_request: Request, _error: Exception) -> Response:
+    return _refuse(Refusal("the server failed; its log says why", status=500))  # Guard writes it there
 
 
 async def _handled(_request: Request, error: Exception) -> Response:

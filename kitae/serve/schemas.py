@@ -170,6 +170,10 @@ def parse(kind: type[T], body: bytes) -> T:
     """A request's body as `kind`, or a Refusal that names the field."""
     try:
         given = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+        if b"\\ud" in body.lower():  # half a surrogate pair is legal JSON and no text
+            json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(f"the body holds half a surrogate pair, which is no Unicode text: {error.object[error.start]!r}") from error
     except UnicodeDecodeError as error:
         raise Refusal(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -204,8 +208,8 @@ def _drop_what_asks_nothing(given: dict[str, Any]) -> None:
 
 
 def _named(error: ValidationError, kind: type[BaseModel]) -> Refusal:
-    """The first complaint, with the field as a client would write it."""
-    first = min(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
+    """The complaint that goes deepest, with the field as a client would write it."""
+    first = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
     names = [part for part in first["loc"] if isinstance(part, int) or "[" not in part]
     names = [part for part in names if part not in ("str", "Part")]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".")

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kitae.config import home
 from kitae.errors import ConfigError, LockedError, RunDirError
 from kitae.train.files import (
     disk_errors,
@@ -218,8 +219,7 @@ def _unusable(folder: Path, error: OSError | RuntimeError) -> RunDirError:
 def leave_pointer(folder: Path, *, recipe: str) -> None:
     """A small file in $KITAE_HOME/runs by which consoles find runs started anywhere; a run goes on without it."""
     try:
-        home = Path(os.environ.get("KITAE_HOME") or Path.home() / ".kitae")
-        where = home / "runs" / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+        where = home() / "runs" / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
         where.parent.mkdir(parents=True, exist_ok=True)
         pointer: dict[str, Any] = {"path": str(folder), "recipe": recipe, "started": round(time.time(), 3)}
         write_json(where, pointer, is_durable=False)

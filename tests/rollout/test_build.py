@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kitae import compiler
 from kitae.rollout import build
 
 
@@ -23,9 +25,9 @@ def test_a_second_call_takes_what_the_first_compiled(kernels, monkeypatch: pytes
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(build, "compile_kernels", refuse)
+    monkeypatch.setattr(compiler, "compile_kernels", refuse)
     assert build.load_kernels().kitae_decode
-    assert list(build.default_cache().glob("*.so"))
+    assert list(compiler.default_cache().glob("*.so"))
 
 
 def test_a_damaged_file_is_made_anew(kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -33,7 +35,7 @@ def test_a_damaged_file_is_made_anew(kernels, tmp_path: Path, monkeypatch: pytes
     damaged = tmp_path / good.name
     damaged.write_bytes(good.read_bytes()[:1000])
     damaged.with_suffix(".checksum").write_text(good.with_suffix(".checksum").read_text())
-    monkeypatch.setattr(build, "compile_kernels", lambda file, **_: file.write_bytes(good.read_bytes()))
+    monkeypatch.setattr(compiler, "compile_kernels", lambda file, **_: file.write_bytes(good.read_bytes()))
     assert build.load_kernels(cache=tmp_path).kitae_decode
     assert damaged.read_bytes() == good.read_bytes()
 
@@ -87,17 +89,19 @@ def test_no_compiler_and_no_place_to_write_are_reasons(tmp_path: Path, monkeypat
 
 
 def test_the_file_depends_on_cpu_compiler_and_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    compiler = str(fake_compiler(tmp_path, "echo version 1"))
-    found = {build.fingerprint(compiler, "libgomp.so.1")}
-    monkeypatch.setattr(build, "cpu_features", lambda: "flags: another")
-    found.add(build.fingerprint(compiler, "libgomp.so.1"))
+    wanted = str(fake_compiler(tmp_path, "echo version 1"))
+    found = {compiler.fingerprint(build.SOURCE, wanted, "libgomp.so.1")}
+    monkeypatch.setattr(compiler, "cpu_features", lambda: "flags: another")
+    found.add(compiler.fingerprint(build.SOURCE, wanted, "libgomp.so.1"))
     fake_compiler(tmp_path, "echo version 2")
-    found.add(build.fingerprint(compiler, "libgomp.so.1"))
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    found.add(compiler.fingerprint(build.SOURCE, wanted, "libgomp.so.1"))
     (tmp_path / "engine.cpp").write_text("// other")
-    found.add(build.fingerprint(compiler, "libgomp.so.1"))
-    assert len(found) == 4
+    other = replace(build.SOURCE, main=tmp_path / "engine.cpp")
+    found.add(compiler.fingerprint(other, wanted, "libgomp.so.1"))
+    (tmp_path / "more.h").write_text("// more")
+    found.add(compiler.fingerprint(replace(other, folders=[tmp_path]), wanted, "libgomp.so.1"))
+    assert len(found) == 5
 
 
 def test_only_torchs_own_openmp_is_loaded(kernels):
-    assert build.openmp_runtime()  # raises where there are two
+    assert compiler.openmp_runtime()  # raises where there are two

@@ -65,13 +65,12 @@ def test_auto_takes_native_for_a_long_run_only(
     ("family", "sizes", "settings", "reason"),
     [
         ("qwen3", {}, {"seams": SeamSettings(attention=False)}, "model.seams.attention is off"),
-        ("qwen3", {}, {"dtype": "float16"}, "it computes in float16"),
         ("qwen3", {"head_dim": 24}, {}, "its head size is 24"),
         ("qwen3", {}, {"quantization": "nf4"}, "this one has Linear4bit"),
         ("qwen3", {"hidden_act": "gelu"}, {}, "its activation is gelu"),
         ("llama", {"rope_parameters": DYNAMIC}, {}, "its rotary embedding is dynamic"),
         ("qwen3", WINDOW, {}, "some of its layers attend in a window"),
-        ("deepseek_v3", {}, {}, "deepseek_v3 is none of qwen2, qwen3, llama"),
+        ("deepseek_v3", {"kv_lora_rank": 24}, {}, "its kv_lora_rank is 24"),
     ],
 )
 def test_what_the_kernels_cannot_run_is_generic_and_says_why(

@@ -18,6 +18,7 @@ from kitae.errors import ConfigError, DataError, NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
+from kitae import compiler
 from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
@@ -285,8 +286,8 @@ def test_it_draws_the_tokens_the_generic_engine_draws(root: Path, kernels: ctype
 def test_kernels_for_older_cpus_compute_the_same(
     root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dtype: str
 ):
-    older = [f if not f.startswith("-march") else "-march=x86-64-v2" for f in build.FLAGS]
-    monkeypatch.setattr(build, "FLAGS", older)
+    older = [f if not f.startswith("-march") else "-march=x86-64-v2" for f in compiler.FLAGS]
+    monkeypatch.setattr(compiler, "FLAGS", older)
     portable = build.load_kernels()
     assert portable._name != kernels._name
     for shape in ("qwen3", "qwen2 with biases", "odd sizes", "heads of 80, 5 on each key"):

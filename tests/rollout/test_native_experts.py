@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kitae.config import SamplingSettings
+from kitae.config import LoraSettings, ModelSettings, SamplingSettings
+from kitae.models.load import load_policy
+from kitae.models.policy import Policy
 from kitae.models.toy import make_config
+from kitae import compiler
+from kitae.rollout import build
+from kitae.rollout.generic import GenericEngine
 from kitae.rollout.shapes import why_not_native
+from kitae.types import Rollout
 from tests.rollout.test_native import (
     EDGES,
     STOP,
@@ -21,6 +29,7 @@ from tests.rollout.test_native import (
     engine_of,
     policy_of,
     problems_of,
+    spell,
     tokens,
 )
 
@@ -210,8 +219,8 @@ def test_a_completion_has_the_same_bits_in_any_company(
 def test_kernels_for_older_cpus_compute_the_same(
     root: Path, kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ):
-    older = [f if not f.startswith("-march") else "-march=x86-64-v2" for f in build.FLAGS]
-    monkeypatch.setattr(build, "FLAGS", older)
+    older = [f if not f.startswith("-march") else "-march=x86-64-v2" for f in compiler.FLAGS]
+    monkeypatch.setattr(compiler, "FLAGS", older)
     portable = build.load_kernels()
     assert portable._name != kernels._name
     for shape in SOME:
@@ -307,3 +316,12 @@ def test_what_the_kernels_cannot_run_is_said(
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
     policy: Policy = policy_of(tmp_path)
     assert reason in str(why_not_native(policy))
+
+
+def test_a_family_the_kernels_do_not_know_is_named(tmp_path: Path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, sliding_window=None, **sizes)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    assert "mistral is none of qwen2, qwen3" in str(why_not_native(policy_of(tmp_path)))

@@ -32,10 +32,10 @@ def pieces_of(text: str, *, stop: list[str]) -> tuple[list[str], int]:
 )
 def test_the_pieces_are_the_text_before_the_first_stop_string(text: str, stop: list[str]):
     pieces, num_read = pieces_of(text, stop=stop)
-    assert "".join(pieces) == cut_at_stop(text, stop)
-    ends = [text.find(s) + len(s) for s in stop if s in text]
-    if ends:  # it stops at the byte that completes the first one complete
-        assert num_read == len(text[: min(ends)].encode())
+    read = text.encode()[:num_read].decode()
+    assert "".join(pieces) == cut_at_stop(read, stop)
+    first_complete = min((text.find(s) + len(s) for s in stop if s in text), default=len(text))
+    assert read == text[:first_complete]
 
 
 def test_a_beginning_of_a_stop_string_is_held_back_until_it_is_none():

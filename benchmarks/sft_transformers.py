@@ -1,0 +1,105 @@
+"""transformers' Trainer in sft.py: padded batches, as its own examples train. Settings not named here are its defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--warmup", type=int, required=True)
+    parser.add_argument("--lora-rank", type=int, required=True)
+    options = parser.parse_args()
+
+    from datasets import load_dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(options.folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(options.folder / "model", dtype="float32")
+    if options.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        rank = options.lora_rank
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+    def tokenized(row):
+        """Token ids of a conversation; only the completion's are taught."""
+        given = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"])["input_ids"]
+        return {"input_ids": whole, "labels": [-100] * len(given) + whole[len(given) :]}
+
+    data = load_dataset(
+        "json",
+        data_files=str(options.folder / "rows.jsonl"),
+        split="train",
+        cache_dir=str(options.folder / "hf"),
+    )
+    data = data.map(tokenized, remove_columns=data.column_names)
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    ends: list[tuple[float, int]] = []
+    tokens = [0]
+
+    def collate(rows):
+        batch = collator(rows)
+        tokens[0] += int(batch["attention_mask"].sum())
+        return batch
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            ends.append((time.perf_counter(), tokens[0]))
+
+        def on_train_end(self, args, state, control, **kwargs):
+            ends.append((time.perf_counter(), tokens[0]))
+
+    settings = {
+        "output_dir": str(options.folder / "transformers"),
+        "per_device_train_batch_size": options.batch_size,
+        "max_steps": options.steps,
+        "learning_rate": 2e-5,  # as the other contenders'
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    if options.precision != "default":
+        settings["bf16"] = options.precision == "bfloat16"
+    config = TrainingArguments(**settings)
+    trainer = Trainer(model, config, train_dataset=data, data_collator=collate, callbacks=[Clock()])
+    result = trainer.train()
+    # A step begins with its batch collated: the tokens between two beginnings are those of the steps between, one later.
+    timed = ends[-1][0] - ends[options.warmup][0]
+    lengths = [later[1] - earlier[1] for earlier, later in zip([(0.0, 0), *ends], ends, strict=False)]
+    counted = sum(lengths[options.warmup : options.steps])
+    assert math.isfinite(result.training_loss)
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": counted / timed,
+                "step_s": timed / (options.steps - options.warmup),
+                "tokens_per_step": counted / (options.steps - options.warmup),
+                "loss": result.training_loss,
+                "precision": f"{next(model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
+                "versions": {name: version(name) for name in ("transformers", "torch", "peft", "accelerate")},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+// float and bfloat16 in loops that the compiler turns into vectors; everything is computed in float32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../../rollout/kernels/vectors.h"
+
+namespace kitae {
+
+inline float value(float x) { return x; }
+inline float value(bf16 x) { return to_float(x); }
+
+// Sums that go across rows are taken over this many parts and then added in order, whatever the threads: same bits.
+constexpr int64_t PARTS = 16;
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// use(position, count): the numbers 0 ... size, LANES at a time; a last part of fewer goes through a padded copy.
+template <class T> f32x16 load_some(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    T part[LANES] = {};
+    std::memcpy(part, from, size_t(count) * sizeof(T));
+    return load(part);
+}
+
+template <class T> void store_some(T* to, f32x16 x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    T part[LANES];
+    store(part, x);
+    std::memcpy(to, part, size_t(count) * sizeof(T));
+}
+
+}  // namespace kitae

@@ -1,0 +1,246 @@
+"""The training kernels of kernels/training.cpp as autograd functions: what a decoder layer does beside its matrix products.
+
+Each is the float32 result of its torch formula, rounded once, and takes CPU tensors in float32 or bfloat16; `fits` says
+whether it takes these. The bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitae.compiler import BuildError, Source, load_library
+
+log = logging.getLogger(__name__)
+
+KERNELS = Path(__file__).parent / "kernels"
+SOURCE = Source(
+    main=KERNELS / "training.cpp",
+    folders=[KERNELS, KERNELS.parents[1] / "rollout" / "kernels"],
+    functions=["kitae_rms_norm", "kitae_attend_backward", "kitae_target_logprobs"],
+    purpose="training",
+)
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+LARGEST_HEAD = 1024
+"""As in kernels/rotary.h."""
+ARGUMENTS = {
+    "kitae_rms_norm": [c_int, *[c_void_p] * 2, *[c_int64] * 2, c_float, *[c_void_p] * 2],
+    "kitae_rms_norm_backward": [c_int, *[c_void_p] * 4, *[c_int64] * 2, *[c_void_p] * 2],
+    "kitae_rotary": [c_int, *[c_void_p] * 4, *[c_int64] * 3, c_float, *[c_void_p] * 2],
+    "kitae_rotary_backward": [c_int, *[c_void_p] * 6, *[c_int64] * 3, *[c_void_p] * 2],
+    "kitae_swiglu": [c_int, *[c_void_p] * 2, c_int64, c_void_p],
+    "kitae_swiglu_backward": [c_int, *[c_void_p] * 3, c_int64, *[c_void_p] * 2],
+    "kitae_add": [c_int, c_void_p, c_int64, c_void_p],
+    "kitae_target_logprobs": [c_int, *[c_void_p] * 2, *[c_int64] * 2, c_float, *[c_void_p] * 3],
+    "kitae_attend": [c_int, *[c_void_p] * 5, c_int64, *[c_void_p] * 2],
+    "kitae_attend_backward": [c_int, *[c_void_p] * 9, c_int64, *[c_void_p] * 3],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, compiled at the first call on this machine; None, said once, where they cannot be."""
+    try:
+        loaded = load_library(SOURCE)
+    except BuildError as error:
+        log.info("training with torch's own operations instead of kernels: %s", error)
+        return None
+    for name, types in ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, None
+    return loaded
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether kernels are there for tensors such as these: whole ones on a CPU, of one dtype that they know."""
+    given = [x for x in tensors if x is not None]
+    dtype = given[0].dtype
+    known = all(x.device.type == "cpu" and x.dtype == dtype and _is_plain(x) for x in given)
+    return known and dtype in KINDS and library() is not None
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
+def _call(name: str, like: Tensor, *arguments: Any) -> None:
+    """Call a kernel on tensors and numbers; they are alive until it returns."""
+    kernel = getattr(library(), name)
+    kernel(KINDS[like.dtype], *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension, arXiv:1910.07467."""
+    y: Tensor = _RmsNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, size = x.numel() // x.shape[-1], x.shape[-1]
+        factors = torch.empty(rows)
+        _call("kitae_rms_norm", x, x, weight, rows, size, epsilon, y, factors)
+        ctx.save_for_backward(x, weight, factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, factors = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        size = x.shape[-1]
+        _call(
+            "kitae_rms_norm_backward", x, x, weight, factors, dy.contiguous(), len(factors), size, dx, dweight
+        )
+        return dx, dweight, None
+
+
+def rotary(x_TQD: Tensor, weight_D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, epsilon: float) -> Tensor:
+    """Rotary embedding (arXiv:2104.09864) of heads, after an RMSNorm of each where there is a weight."""
+    y: Tensor = _Rotary.apply(x_TQD, weight_D, cos_TD, sin_TD, epsilon)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TQD: Tensor, weight_D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, epsilon: float
+    ) -> Tensor:
+        x, cos, sin = x_TQD.contiguous(), cos_TD.contiguous(), sin_TD.contiguous()
+        y, factors = torch.empty_like(x), None if weight_D is None else torch.empty(x.shape[:2])
+        _call("kitae_rotary", x, x, weight_D, cos, sin, *x.shape, epsilon, y, factors)
+        ctx.save_for_backward(None if weight_D is None else x, weight_D, cos, sin, factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, weight, cos, sin, factors = ctx.saved_tensors
+        dy, dweight = dy.contiguous(), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        dx = torch.empty_like(dy)
+        _call("kitae_rotary_backward", dy, x, weight, cos, sin, factors, dy, *dy.shape, dx, dweight)
+        return dx, dweight, None, None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) x up, arXiv:2002.05202."""
+    y: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _call("kitae_swiglu", gate, gate, up, gate.numel(), y)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _call("kitae_swiglu_backward", gate, gate, up, dy.contiguous(), gate.numel(), dgate, dup)
+        return dgate, dup
+
+
+class _Heads(ctypes.Structure):
+    """As in kernels/attention.h."""
+
+    _fields_ = (
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("size", c_int64),
+        ("value_size", c_int64),
+        ("scaling", c_float),
+    )
+
+
+def attend(
+    q_TQD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    *,
+    segments: Tensor,
+    groups: Tensor,
+    padding: Sequence[int],
+    scaling: float,
+) -> Tensor:
+    """Causal attention of packed rows, [T, Q, D of v], blockwise as in arXiv:2205.14135.
+
+    `segments` [n, 4] are types.Segment's numbers, `groups` where each run of those that share a prompt begins (and the
+    end); both int64. Tokens from padding[0] up to padding[1] lie in none: they get zeros and give no gradient.
+    """
+    y: Tensor = _Attend.apply(q_TQD, k_TKD, v_TKD, segments, groups, padding, scaling)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_TQD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        segments: Tensor,
+        groups: Tensor,
+        padding: Sequence[int],
+        scaling: float,
+    ) -> Tensor:
+        q, k, v = q_TQD.contiguous(), k_TKD.contiguous(), v_TKD.contiguous()
+        heads = _Heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scaling)
+        out, lse = q.new_empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2])
+        _call("kitae_attend", q, q, k, v, ctypes.byref(heads), segments, len(segments), out, lse)
+        out[padding[0] : padding[1]] = 0.0
+        ctx.save_for_backward(q, k, v, out, lse, segments, groups)
+        ctx.heads, ctx.padding = heads, padding
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
+        q, k, v, out, lse, segments, groups = ctx.saved_tensors
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros(x.shape) for x in (k, v))
+        pointers = (ctypes.byref(ctx.heads), segments, groups, len(groups) - 1, dq, dk, dv)
+        _call("kitae_attend_backward", q, q, k, v, out, lse, dout.contiguous(), *pointers)
+        dq[ctx.padding[0] : ctx.padding[1]] = 0.0
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def target_logprobs_(
+    logits_NV: Tensor, targets_N: Tensor, *, temperature: float, scales_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets under logits / temperature, and the logarithm of each row's sum of exponentials.
+
+    With scales, the logits are overwritten by scale x (onehot - p): times 1 / temperature, the gradient of scale x
+    log-prob in the logits.
+    """
+    rows, vocabulary = logits_NV.shape
+    logprobs_N, lse_N = torch.empty(rows), torch.empty(rows)
+    _call(
+        "kitae_target_logprobs",
+        logits_NV,
+        logits_NV,
+        targets_N,
+        rows,
+        vocabulary,
+        temperature,
+        scales_N,
+        logprobs_N,
+        lse_N,
+    )
+    return logprobs_N, lse_N
+
+
+def add_(total: Tensor, x: Tensor) -> None:
+    """total += x, without the float32 copy of x that torch makes."""
+    _call("kitae_add", x, x, x.numel(), total)
