@@ -51,20 +51,16 @@ def main() -> None:
         cache_dir=str(options.folder / "hf"),
     )
     data = data.map(tokenized, remove_columns=data.column_names)
-    collator = DataCollatorForSeq2Seq(tokenizer)
     ends: list[tuple[float, int]] = []
     tokens = [0]
 
-    def collate(rows):
-        batch = collator(rows)
-        tokens[0] += int(batch["attention_mask"].sum())
-        return batch
+    class Counting(Trainer):
+        def compute_loss(self, model, inputs, *arguments, **named):
+            tokens[0] += int(inputs["attention_mask"].sum())
+            return super().compute_loss(model, inputs, *arguments, **named)
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            ends.append((time.perf_counter(), tokens[0]))
-
-        def on_train_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             ends.append((time.perf_counter(), tokens[0]))
 
     settings = {
@@ -80,19 +76,19 @@ def main() -> None:
     if options.precision != "default":
         settings["bf16"] = options.precision == "bfloat16"
     config = TrainingArguments(**settings)
-    trainer = Trainer(model, config, train_dataset=data, data_collator=collate, callbacks=[Clock()])
+    trainer = Counting(
+        model, config, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[Clock()]
+    )
     result = trainer.train()
-    # A step begins with its batch collated: the tokens between two beginnings are those of the steps between, one later.
-    timed = ends[-1][0] - ends[options.warmup][0]
-    lengths = [later[1] - earlier[1] for earlier, later in zip([(0.0, 0), *ends], ends, strict=False)]
-    counted = sum(lengths[options.warmup : options.steps])
+    (started, before), (ended, after) = ends[options.warmup - 1], ends[-1]
+    timed_steps = options.steps - options.warmup
     assert math.isfinite(result.training_loss)
     print(
         json.dumps(
             {
-                "tokens_per_s": counted / timed,
-                "step_s": timed / (options.steps - options.warmup),
-                "tokens_per_step": counted / (options.steps - options.warmup),
+                "tokens_per_s": (after - before) / (ended - started),
+                "step_s": (ended - started) / timed_steps,
+                "tokens_per_step": (after - before) / timed_steps,
                 "loss": result.training_loss,
                 "precision": f"{next(model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
                 "versions": {name: version(name) for name in ("transformers", "torch", "peft", "accelerate")},

@@ -47,14 +47,17 @@ class _Evaluate(ModuleType):
 class _Export(ModuleType):
     """The package kitae.export, which is also what one calls to write a model anew."""
 
-    def __call__(self, what: str, model: str | Path, output: str | Path, **settings: Any) -> dict[str, Any]:
-        """Write `output` as kitae export does: merge an adapter, fp8-to-bf16, or bf16-to-fp8.
+    def __call__(
+        self, what: str, model: str | Path, output: str | Path | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Write `output` as kitae export does: merge an adapter, gguf, fp8-to-bf16, or bf16-to-fp8; or verify candidates.
 
-        Returns the report, with how many tensors changed or were converted.
+        Returns the report, with how many tensors changed or were converted, and the gate's under "verify".
         """
         from kitae.cli.export import from_python
 
-        return from_python(what, {"model": str(model), "output": str(output), **settings})
+        place = {} if output is None else {"output": str(output)}
+        return from_python(what, {"model": str(model), **place, **settings})
 
 
 def generate(model: str, prompts: str | Sequence[str], **settings: Any) -> list[str]:

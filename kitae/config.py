@@ -48,7 +48,10 @@ class SeamSettings(Section):
     experts: bool = True
     """Routed experts as sorted slices. Off: the model's own expert loop."""
     rmsnorm: bool = True
-    """torch's fused RMSNorm. Off: the model's own."""
+    """RMSNorm in one operation. Off: the model's own."""
+    kernels: bool = True
+    """On a CPU, all that a layer does beside its matrix products in C++ kernels, which the machine's compiler makes when
+    they are first needed (seconds, once). Off, without a compiler and under model.torch_compile: torch's operations."""
 
 
 class ModelSettings(Section):

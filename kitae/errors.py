@@ -54,6 +54,12 @@ class NonFiniteError(KitaeError):
     exit_code = 70
 
 
+class GateError(KitaeError):
+    """An export that says something else than what it was made of."""
+
+    exit_code = 3
+
+
 class PortError(KitaeError):
     """An address that a server cannot listen on."""
 

@@ -28,6 +28,9 @@ class Backend(Protocol):
 
     def is_available(self) -> bool: ...
 
+    def prepare(self) -> None:
+        """Called before a model is loaded onto such a device."""
+
     def supports(self, feature: Feature) -> tuple[bool, str]:
         """Whether the hardware is good at it, and the reason to show."""
 

@@ -7,12 +7,10 @@ which hands it out anew page by page, each page zeroed: nearly half of a small m
 from __future__ import annotations
 
 import ctypes
-import logging
+import functools
 import mmap
 import os
 import sys
-
-log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt, from glibc's malloc.h."""
@@ -20,6 +18,7 @@ USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOL
 """Variables by which a user sets these parameters; then they stay as they are."""
 
 
+@functools.cache  # once: the heap is one
 def keep_freed_memory(*, huge_pages_bytes: int) -> bool:
     """Let malloc keep what is freed for the next allocation, the first `huge_pages_bytes` of it in huge pages.
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from kitae.backends import Feature
+from kitae.backends._heap import keep_freed_memory
 
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 """Flags of /proc/cpuinfo (x86, x86, Arm) of CPUs that multiply bfloat16 matrices faster than float32."""
+
+HUGE_PAGES_BYTES = 4 << 30
+"""How much of a process's heap asks for huge pages; what is not used takes no memory."""
 
 
 class CpuBackend:
@@ -23,6 +27,9 @@ class CpuBackend:
 
     def is_available(self) -> bool:
         return True
+
+    def prepare(self) -> None:
+        keep_freed_memory(huge_pages_bytes=HUGE_PAGES_BYTES)
 
     def supports(self, feature: Feature) -> tuple[bool, str]:
         if feature == "bfloat16":

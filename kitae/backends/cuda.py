@@ -17,6 +17,9 @@ class CudaBackend:
     def is_available(self) -> bool:
         return torch.cuda.is_available()
 
+    def prepare(self) -> None:
+        return
+
     def supports(self, feature: Feature) -> tuple[bool, str]:
         if feature == "bfloat16":
             is_fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -20,6 +20,9 @@ class NpuBackend:
     def is_available(self) -> bool:
         return importlib.util.find_spec("torch_npu") is not None and bool(self._module().is_available())
 
+    def prepare(self) -> None:
+        return
+
     def supports(self, feature: Feature) -> tuple[bool, str]:
         return (
             feature != "nf4",

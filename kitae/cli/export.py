@@ -1,4 +1,4 @@
-"""Write a model anew: kitae export merge ADAPTER --output DIR, or fp8-to-bf16 and bf16-to-fp8 MODEL --output DIR."""
+"""Write a model anew and check it: kitae export merge|gguf|fp8-to-bf16|bf16-to-fp8 MODEL, kitae export verify MODEL EXPORT."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from kitae.cli import _help
-from kitae.cli._open import warn_on_stderr
+from kitae.cli import _gate, _help
+from kitae.cli._open import read_prompts, warn_on_stderr
 from kitae.cli._output import write_json
 from kitae.config import Section
 from kitae.errors import ConfigError
@@ -23,38 +23,62 @@ from kitae.settings import Notes, read
 if TYPE_CHECKING:
     from kitae.export.shards import Progress
 
-VERBS = ("merge", "fp8-to-bf16", "bf16-to-fp8")
+VERBS = ("merge", "gguf", "fp8-to-bf16", "bf16-to-fp8", "verify")
+WRITING = VERBS[:-1]
 ONLY = {
-    "base": ("merge",),
+    "base": ("merge", "gguf", "verify"),
     "dtype": ("merge",),
-    "dequantize": ("merge",),
+    "dequantize": ("merge", "gguf", "verify"),
     "scale_format": ("merge", "bf16-to-fp8"),
+    "type": ("gguf",),
+    "adapter_only": ("gguf",),
+    "pre_tokenizer": ("gguf",),
+    "output": WRITING,
+    "overwrite": WRITING,
+    "no_verify": WRITING,
+    "candidates": ("verify",),
+    "prompts_file": ("verify",),
 }
 """Settings that not every verb has."""
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Settings(Section):
-    """Merge a LoRA adapter into its base, or convert block-scaled FP8 to BF16 and back.
+    """Merge a LoRA adapter into its base, write GGUF, convert block-scaled FP8 to BF16 and back, and check the result.
 
     Runs on the CPU, tensor by tensor. Stopped at any instant, the same command goes on where it was.
     """
 
     model: str
-    """The adapter to merge, or the model to convert: a folder, a run directory, or a hub id."""
-    output: str
-    """Folder of the new model. Until it is whole, what there is lies in OUTPUT.partial."""
+    """What is exported: an adapter to merge, or a model; a folder, a run directory, or a hub id. verify: what the exports
+    were made of."""
+    candidates: list[str] = Field(default_factory=list)
+    """verify: folders and GGUF files to compare with the model; words after the model are candidates too."""
+    output: str | None = None
+    """Folder of the new model; gguf: a file, by default NAME-GGUF/NAME-TYPE.gguf. Until it is whole, what there is lies in
+    OUTPUT.partial."""
     overwrite: bool = False
     """Replace the model that is in output, once the new one is whole; also begin anew where another export was stopped."""
+    no_verify: bool = False
+    """Do not run the gate on what was written. It loads the model, the export after it, and reads all tensors of both."""
+    type: str = "q4_k_m"
+    """gguf: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m or q4_0, in any case; more bits make a larger and truer file.
+    Other types of llama.cpp are written by llama-quantize, where that is on the PATH."""
+    adapter_only: bool = False
+    """gguf: write the adapter itself, for llama.cpp's --lora, instead of merging it into its base."""
+    pre_tokenizer: str | None = None
+    """gguf: llama.cpp's name for how the tokenizer cuts text; default: the one that cuts probing strings the same way."""
+    prompts_file: str | None = None
+    """verify: a text file with one prompt a line, in place of the built-in six; more prompts take longer."""
     base: str | None = None
-    """merge: the full-precision model to merge into; default: the one the adapter names."""
+    """The full-precision model to merge the adapter into; default: the one the adapter names."""
     dtype: Literal["auto", "fp8"] = "auto"
     """merge: auto keeps each tensor's type, and makes BF16 of weights in FP8 or 4 bits; fp8 writes what DeepSeek's releases
     have in FP8 in FP8."""
     scale_format: Literal["float32", "ue8m0"] = "float32"
     """Scales of new FP8 blocks: the largest magnitude over 448 in float32, or that rounded up to a power of two."""
     dequantize: bool = False
-    """merge: merge into a base that is stored in 4 bits, with the rounding it has, where its original cannot be had."""
+    """merge and gguf: take a base that is stored in 4 bits, with the rounding it has, where its original cannot be had."""
     num_workers: int = Field(0, ge=0, le=256)
     """Tensors worked on at the same time, one a core; 0 takes all cores. Memory grows by some tens of MiB with each."""
     json_file: str | None = None
@@ -64,36 +88,54 @@ class Settings(Section):
 def main(argv: list[str]) -> int:
     """Export, and say what was written."""
     if not argv or (_help.is_asked(argv) and argv[0] not in VERBS):
-        print(f"usage: kitae export {'|'.join(VERBS)} MODEL --output DIR    kitae export merge --help")
+        print(
+            f"usage: kitae export {'|'.join(WRITING)} MODEL --output DIR    kitae export verify MODEL EXPORT ...    "
+            "kitae export merge --help"
+        )
         return 0
     verb = argv[0]
     _require_verb(verb)
     if _help.is_asked(argv):
         name = "ADAPTER" if verb == "merge" else "MODEL"
-        _help.show(Settings, prog=f"kitae export {verb} {name} --output DIR")
+        rest = "EXPORT ..." if verb == "verify" else "--output FILE" if verb == "gguf" else "--output DIR"
+        _help.show(Settings, prog=f"kitae export {verb} {name} {rest}")
         return 0
     use, notes = parse(verb, argv[1:])
     warn_on_stderr(notes.warnings)
-    try:
-        with _shown(sys.stderr.isatty()) as progress:
-            report = _run(verb, use, progress)
-    except KeyboardInterrupt:
-        print("kitae: what is done is kept; the same command goes on from there", file=sys.stderr)
-        raise
+    if verb == "verify":
+        report = _run(verb, use, None)
+    else:
+        try:
+            with _shown(sys.stderr.isatty()) as progress:
+                report = _run(verb, use, progress)
+        except KeyboardInterrupt:
+            print("kitae: what is done is kept; the same command goes on from there", file=sys.stderr)
+            raise
+        report = _checked(verb, use, report)
     print(text_of(report))
     if use.json_file:
         write_json(use.json_file, report)
+    if verb == "verify":
+        _gate.require_passed(report)
     return 0
 
 
 def parse(verb: str, given: Sequence[str] | Mapping[str, Any]) -> tuple[Settings, Notes]:
     """The settings of one verb; those of another one are refused."""
-    use, notes = read("export", Settings, given, positional=("model",))
+    use, notes = read("export", Settings, given, positional=("model", "candidates"))
     for name, verbs in ONLY.items():
         if name in notes.origins and verb not in verbs:
             raise ConfigError(
                 f"{name} ({notes.origins[name]}) has no effect on {verb}, only on {' and '.join(verbs)}; leave it out"
             )
+    if verb in ("merge", "fp8-to-bf16", "bf16-to-fp8") and use.output is None:
+        raise ConfigError("output is required; name the folder of the new model with --output")
+    if verb == "verify" and not use.candidates:
+        raise ConfigError("there is nothing to compare; name exports after the model")
+    if use.adapter_only and "type" in notes.origins and use.type.lower() not in ("f16", "f32"):
+        raise ConfigError(
+            f"type is {use.type!r}, but an adapter alone is written as f16 or f32; name one of them"
+        )
     if verb == "merge" and "scale_format" in notes.origins and use.dtype != "fp8":
         raise ConfigError(
             f"scale_format ({notes.origins['scale_format']}) has no effect unless dtype is fp8; leave it out"
@@ -107,13 +149,28 @@ def from_python(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     use, notes = parse(verb, given)
     warn_on_stderr(notes.warnings)
     report = _run(verb, use, None)
+    if verb != "verify":
+        report = _checked(verb, use, report)
     if use.json_file:
         write_json(use.json_file, report)
+    if verb == "verify":
+        _gate.require_passed(report)
     return report
 
 
 def text_of(report: Mapping[str, Any]) -> str:
     """The report for a reader."""
+    if report["command"] == "verify":
+        return _gate.text_of(report)
+    checked = f"\n{_gate.text_of(report['verify'])}" if report.get("verify") else ""
+    return _written(report) + checked
+
+
+def _written(report: Mapping[str, Any]) -> str:
+    if report["command"] == "gguf":
+        what = f"{report['type']}, {report['tensors']} tensors, {report['bytes'] / 2**30:.2f} GiB: {report['output']}"
+        fallbacks = report["fallbacks"]
+        return what + (f"\nin other types, as rows need: {', '.join(fallbacks)}" if fallbacks else "")
     gib = f"{report['bytes'] / 2**30:.2f} GiB in {report['shards']} file{'s' if report['shards'] > 1 else ''}"
     if report["command"] == "merge":
         did = f"{report['changed']} of {report['tensors']} tensors changed ({report['adapted']} have an adapter)"
@@ -129,7 +186,19 @@ def _require_verb(verb: str) -> None:
 def _run(verb: str, use: Settings, progress: Progress | None) -> dict[str, Any]:
     from kitae.export import convert
 
-    output = Path(use.output).expanduser()
+    if verb == "verify":
+        prompts = read_prompts(use.prompts_file) if use.prompts_file else None
+        return _gate.compare(
+            use.model,
+            use.candidates,
+            base=use.base,
+            dequantize=use.dequantize,
+            threads=use.num_workers,
+            prompts=prompts,
+        )
+    if verb == "gguf":
+        return _run_gguf(use, progress)
+    output = Path(str(use.output)).expanduser()
     how = convert.How(output=output, overwrite=use.overwrite, num_workers=use.num_workers)
     if verb == "fp8-to-bf16":
         return convert.fp8_to_bf16(use.model, how, progress=progress)
@@ -144,6 +213,43 @@ def _run(verb: str, use: Settings, progress: Progress | None) -> dict[str, Any]:
         dequantize=use.dequantize,
         progress=progress,
     )
+
+
+def _run_gguf(use: Settings, progress: Progress | None) -> dict[str, Any]:
+    from kitae.export import gguf, gguf_lora
+    from kitae.export.convert import How
+    from kitae.export.gguf_types import find_type
+
+    kind = find_type(use.type)
+    if use.adapter_only:
+        kind = "F32" if kind == "F32" else "F16"  # where no type was given
+        output = gguf.default_output(use.model, f"LoRA-{kind}")
+    else:
+        output = gguf.default_output(use.model, kind)
+    output = Path(use.output).expanduser() if use.output else output
+    how = How(output=output, overwrite=use.overwrite, num_workers=use.num_workers)
+    if use.adapter_only:
+        return gguf_lora.write_lora(use.model, how, kind=kind, base=use.base, progress=progress)
+    return gguf.write_gguf(
+        use.model,
+        how,
+        kind=kind,
+        base=use.base,
+        dequantize=use.dequantize,
+        pre_tokenizer=use.pre_tokenizer,
+        progress=progress,
+    )
+
+
+def _checked(verb: str, use: Settings, report: dict[str, Any]) -> dict[str, Any]:
+    """The report with the gate's, unless it is switched off."""
+    if use.no_verify:
+        return report
+    output = Path(report["output"])
+    if use.adapter_only:
+        return {**report, "verify": _gate.check_adapter(use.model, output, base=use.base)}
+    found = _gate.check(use.model, output, base=use.base, dequantize=use.dequantize, threads=use.num_workers)
+    return {**report, "verify": found}
 
 
 @contextmanager

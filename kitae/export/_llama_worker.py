@@ -37,7 +37,7 @@ class _Server:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if job.get("lora"):
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["lora"], 1.0, "", "")]
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(job["lora"], 1.0)]
         self._key = secrets.token_hex(16)
         params.api_keys = [self._key]
         self._server = xllamacpp.Server(params)
@@ -66,7 +66,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     positions = []
     for prompt, forced in job["sequences"]:
         row = []
-        for i in range(len(forced) + 1):
+        for i in range(len(forced)):
             said = server.complete(prompt + forced[:i], tokens=1, n_probs=job["top"])
             top = said["completion_probabilities"][0]["top_logprobs"]
             row.append([[entry["id"] for entry in top], [entry["logprob"] for entry in top]])
@@ -77,9 +77,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         greedy.append({"ids": said["tokens"], "text": said["content"], "stop": said["stop_type"]})
     stops = {}
     for number in job["stop_ids"]:
-        said = server.complete(
-            job["sequences"][0][0], tokens=4, top_k=1, logit_bias=[[number, FORCED_BIAS]]
-        )
+        said = server.complete(job["sequences"][0][0], tokens=4, top_k=1, logit_bias=[[number, FORCED_BIAS]])
         stops[str(number)] = said["stop_type"] == "eos" and said["tokens_predicted"] == 1
     return {
         "positions": positions,
@@ -90,7 +88,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
             for text in job["texts"]
         ],
         "rendered": [
-            server.ask("/apply-template", {"messages": messages})["prompt"] for messages in job["conversations"]
+            server.ask("/apply-template", {"messages": messages})["prompt"]
+            for messages in job["conversations"]
         ],
     }
 

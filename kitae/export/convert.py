@@ -271,7 +271,9 @@ def _quantization(
 # tensor by tensor ----------------------------------------------------------------------------------------------
 
 
-def _shards(weights: Weights, make: Callable[..., Item[Output]], *, head_from: str | None = None) -> list[Shard]:
+def _shards(
+    weights: Weights, make: Callable[..., Item[Output]], *, head_from: str | None = None
+) -> list[Shard]:
     """The source's files with the tensors each gets; a head of its own goes where the embeddings are."""
     found: dict[Path, list[Item[Output]]] = {path: [] for path in weights.files}
     for name, stored in weights.tensors.items():

@@ -37,7 +37,9 @@ SHOWN = 3
 
 def default_output(model: str, kind: str) -> Path:
     """NAME-GGUF/NAME-Q4_K_M.gguf, in the present folder."""
-    name = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model.split("/")[-1]
+    name = (
+        Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model.split("/")[-1]
+    )
     return Path(f"{name}-GGUF") / f"{name}-{kind}.gguf"
 
 

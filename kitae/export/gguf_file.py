@@ -166,4 +166,3 @@ def publish(folder: Path, written: Path, output: Path) -> None:
         written.replace(output)
         sync_folder(output.parent)
         shutil.rmtree(folder)
-

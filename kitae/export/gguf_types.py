@@ -58,7 +58,9 @@ def find_type(name: str) -> str:
     return found
 
 
-def choose(targets: Sequence[Target], mix: str, *, num_layers: int, num_experts: int, is_70b: bool) -> list[Typed]:
+def choose(
+    targets: Sequence[Target], mix: str, *, num_layers: int, num_experts: int, is_70b: bool
+) -> list[Typed]:
     """Each tensor's type under a mix of OWN. Vectors, norms and routers stay float32."""
     has_head = any(target.name == "output.weight" for target in targets)
     with_values = [t.name for t in targets if t.name.endswith("attn_v.weight")]

@@ -250,7 +250,9 @@ def _require_space(folder: Path, shards: Sequence[Written]) -> None:
         )
 
 
-def _write_shard(folder: Path, shard: Written, pool: ThreadPoolExecutor, progress: Progress) -> dict[str, Any]:
+def _write_shard(
+    folder: Path, shard: Written, pool: ThreadPoolExecutor, progress: Progress
+) -> dict[str, Any]:
     header, offsets = shard.header()
     aside = folder / f".tmp-{shard.name}"
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

@@ -4,7 +4,7 @@
     backward  dB = s dY^T t,   dA = s (dY B)^T x,   dX = dY W + s (dY B) A;   nothing for W, no dX where x needs none
 
 Linears that read the same input (queries, keys and values; gate and up) are one such function: one product with all
-their A, and one with all their W, which lie behind each other in memory. Dimension key: T tokens, I in, O out, R rank.
+their A, and in the backward one with all their W, which lie behind each other in memory. Dimension key: T tokens, I in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _AdaptedLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         a, b = ab[: len(bases)], ab[len(bases) :]
         x_TI = x.reshape(-1, x.shape[-1])
-        ys_TO = _frozen_products(bases, x_TI)
+        ys_TO = [base(x_TI) for base in bases]
         t_TR = F.linear(x_TI, a[0] if len(a) == 1 else torch.cat(a))
         ts_TR = t_TR.split([len(own) for own in a], 1)
         for y_TO, t, scale, b_OR in zip(ys_TO, ts_TR, scales, b, strict=True):
@@ -172,16 +172,6 @@ class _AdaptedLinears(torch.autograd.Function):
             if main_grad is not None:
                 main_grad.add_(grad)
         return grad_x, None, None, *left
-
-
-def _frozen_products(bases: Sequence[Any], x_TI: Tensor) -> list[Tensor]:
-    """x W^T + bias of each base; one product where the weights lie behind each other."""
-    joined = _joined([base.weight for base in bases])
-    biases = [base.bias for base in bases if base.bias is not None]
-    if joined is None or len(biases) not in (0, len(bases)):
-        return [base(x_TI) for base in bases]
-    y_TO = F.linear(x_TI, joined, torch.cat(biases) if biases else None)
-    return list(y_TO.split([len(base.weight) for base in bases], 1))
 
 
 def _through_frozen(bases: Sequence[Any], dense: Sequence[Tensor], grads_TO: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Causal attention over packed rows, without computing padding: a few calls of torch's attention on padded buckets.
+"""Causal attention over packed rows, without computing padding: kernels of our own, or torch's on padded buckets.
 
     packing --plan--> buckets of segments of similar length --q, k, v into slots--> attention --> back to tokens
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kitae.models import native
 from kitae.models.moves import move
 from kitae.types import Packing, Segment
 
@@ -66,6 +67,40 @@ def plan_of(packing: Packing, device: torch.device) -> Plan:
     return plan
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Segments in the order of the kernels: those that see the same prompt behind each other, after the prompt."""
+
+    segments: Tensor
+    """Segment's four numbers each, [segments, 4]."""
+    groups: Tensor
+    """Where the segments of each prompt begin, and the end."""
+
+
+def runs_of(packing: Packing) -> Runs | None:
+    """The packing for the kernels, derived once; None where a prefix is not the beginning of a segment."""
+    if "runs" not in packing.plans:
+        packing.plans["runs"] = _runs(packing)
+    runs: Runs | None = packing.plans["runs"]
+    return runs
+
+
+def _runs(packing: Packing) -> Runs | None:
+    lengths = {s.start: s.length for s in packing.segments}
+    by_prompt: dict[int, list[Segment]] = {}
+    for s in packing.segments:
+        if s.prefix_length > lengths.get(s.prefix_start, 0):
+            return None
+        by_prompt.setdefault(s.prefix_start if s.prefix_length else s.start, []).append(s)
+
+    def cost(segments: list[Segment]) -> int:
+        return sum(s.length * (2 * s.prefix_length + s.length) for s in segments)
+
+    runs = sorted(by_prompt.values(), key=cost, reverse=True)  # whoever is free takes the next: long ones first
+    groups = [0, *accumulate(map(len, runs))]
+    return Runs(torch.tensor([s for run in runs for s in run]), torch.tensor(groups))
+
+
 def attend(
     q_TQD: Tensor,
     k_TKD: Tensor,
@@ -74,12 +109,19 @@ def attend(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    kernels: bool = False,
 ) -> Tensor:
     """Attention of every packed token to its prefix and its segment up to itself, [T, Q, D of v].
 
-    Values may have another head size than keys (latent attention). Padding tokens get a copy of some token's
-    output, and neither give nor take gradient.
+    Values may have another head size than keys (latent attention). Padding tokens get some finite output, and neither
+    give nor take gradient. With `kernels`, those of native.py compute it where they can.
     """
+    if kernels and not dropout and native.fits(q_TQD, k_TKD, v_TKD) and (runs := runs_of(packing)) is not None:
+        own = q_TQD.shape[-1] ** -0.5 if scaling is None else scaling
+        padding = (packing.num_real_tokens, packing.num_tokens)
+        return native.attend(
+            q_TQD, k_TKD, v_TKD, segments=runs.segments, groups=runs.groups, padding=padding, scaling=own
+        )
     plan = plan_of(packing, q_TQD.device)
     value_size = v_TKD.shape[-1]
     if value_size != q_TQD.shape[-1]:  # torch's fused kernels want one head size

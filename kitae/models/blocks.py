@@ -47,6 +47,8 @@ def fuse_layers(model: nn.Module, *, attention_name: str) -> None:
     """Let attention and MLP modules of the known classes compute with kernels, attention through that interface."""
     for module in model.modules():
         kind = type(module).__name__
+        if not type(module).__module__.startswith("transformers.models."):
+            continue
         if kind in ATTENTIONS and module.config._attn_implementation == attention_name:
             module.forward = types.MethodType(_attention, module)
         elif kind in MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
@@ -92,14 +94,18 @@ def _attention(
     packed = hidden_states.shape[0] == 1 and cache is None and is_whole_head
     if not packed or not native.fits(hidden_states, cos, sin, *norms):
         own: tuple[Tensor, None] = type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, cache, **kwargs
+            self,
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            **kwargs,
         )
         return own
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    x_TH = hidden_states
     q_TQD, k_TKD, v_TKD = (
-        project(x_TH)[0].unflatten(-1, (-1, self.head_dim))
+        project(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
         for project in (self.q_proj, self.k_proj, self.v_proj)
     )
     epsilon = self.q_norm.variance_epsilon if hasattr(self, "q_norm") else 0.0

@@ -137,7 +137,7 @@ class Gradients:
         if self.weight_VH is not None:
             self.weight_VH.add_(low_CV.t() @ hidden_CH)
         if self.bias_V is not None:
-            self.bias_V.add_(grad_CV.sum(0))
+            self.bias_V.add_(grad_CV.sum(0, dtype=torch.float32))
 
 
 class _Chunked(torch.autograd.Function):

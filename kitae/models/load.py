@@ -113,6 +113,7 @@ def load_as(
     score.check(found.folder, weights, config, is_wanted=kind.gives_scores)
 
     device = backends.pick_device(model.device)
+    backends.of(device).prepare()
     dtype = _choose_dtype(model, device)
     targets = lora.target_modules if lora is not None else "all-linear"
     plan = estimate.Plan(
@@ -141,7 +142,8 @@ def load_as(
     if kind.gives_scores:
         score.prepare(causal_lm, weights)
     family = find_family(causal_lm.config.model_type)
-    used = seams.install(causal_lm, model.seams, family)
+    wanted = model.seams.model_copy(update={"kernels": model.seams.kernels and not model.torch_compile})
+    used = seams.install(causal_lm, wanted, family)
     peft: Any = None
     reference: str | None = None
     if found.adapter is not None:

@@ -39,7 +39,7 @@ ARGUMENTS = {
     "kitae_swiglu": [c_int, *[c_void_p] * 2, c_int64, c_void_p],
     "kitae_swiglu_backward": [c_int, *[c_void_p] * 3, c_int64, *[c_void_p] * 2],
     "kitae_add": [c_int, c_void_p, c_int64, c_void_p],
-    "kitae_target_logprobs": [c_int, *[c_void_p] * 2, *[c_int64] * 2, c_float, *[c_void_p] * 3],
+    "kitae_target_logprobs": [c_int, *[c_void_p] * 2, *[c_int64] * 2, c_float, *[c_void_p] * 4],
     "kitae_attend": [c_int, *[c_void_p] * 5, c_int64, *[c_void_p] * 2],
     "kitae_attend_backward": [c_int, *[c_void_p] * 9, c_int64, *[c_void_p] * 3],
 }
@@ -217,30 +217,20 @@ class _Attend(torch.autograd.Function):
 
 
 def target_logprobs_(
-    logits_NV: Tensor, targets_N: Tensor, *, temperature: float, scales_N: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets under logits / temperature, and the logarithm of each row's sum of exponentials.
+    logits_NV: Tensor, targets_N: Tensor, *, temperature: float, scales_N: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits / temperature: log-probs of the targets, logarithms of the rows' sums of exponentials, and entropies.
 
     With scales, the logits are overwritten by scale x (onehot - p): times 1 / temperature, the gradient of scale x
     log-prob in the logits.
     """
     rows, vocabulary = logits_NV.shape
-    logprobs_N, lse_N = torch.empty(rows), torch.empty(rows)
-    _call(
-        "kitae_target_logprobs",
-        logits_NV,
-        logits_NV,
-        targets_N,
-        rows,
-        vocabulary,
-        temperature,
-        scales_N,
-        logprobs_N,
-        lse_N,
-    )
-    return logprobs_N, lse_N
+    said = torch.empty(rows), torch.empty(rows), torch.empty(rows)
+    pointers = (logits_NV, targets_N, rows, vocabulary, temperature, scales_N, *said)
+    _call("kitae_target_logprobs", logits_NV, *pointers)
+    return said
 
 
 def add_(total: Tensor, x: Tensor) -> None:
-    """total += x, without the float32 copy of x that torch makes."""
-    _call("kitae_add", x, x, x.numel(), total)
+    """total += x, without the float32 copy of x that torch makes; total is float32 and without gaps."""
+    _call("kitae_add", x, x.contiguous(), x.numel(), total)

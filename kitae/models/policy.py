@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kitae.config import SeamSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import heads
+from kitae.models import heads, native, native_head
 from kitae.models.families import GENERIC, Family
 from kitae.models.seams import AttentionCache, scaled_logits
 from kitae.types import Batch, Packing, TokenOutputs
@@ -114,6 +114,16 @@ class Policy(nn.Module):
             )
             return _outputs(batch, logprobs_N, entropy_N if with_entropy else None, values_N)
         head = self.causal_lm.get_output_embeddings()
+        if self.seams.kernels and kept is None and native.fits(hidden_NH, head.weight, head.bias):
+            logprobs_N, entropy_N = native_head.chunked_logprobs(
+                hidden_NH,
+                head.weight,
+                head.bias,
+                targets_N,
+                temperature=batch.temperature,
+                coefficients_N=coefficients_N,
+            )
+            return _outputs(batch, logprobs_N, entropy_N if with_entropy else None, values_N)
         logprobs_N, chunked_entropy_N = heads.chunked_logprobs(
             hidden_NH,
             head.weight,

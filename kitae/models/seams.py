@@ -1,30 +1,30 @@
 """What makes the unmodified transformers module fast, put in through its public extension points.
 
-Attention over packed rows (attention.py), routed experts as sorted slices (experts.py), torch's fused RMSNorm;
-log-probs of only the tokens that count are in heads.py. Each equals the plain module, which tests/models proves for
+Attention over packed rows (attention.py), routed experts as sorted slices (experts.py), norms, rotary embedding and
+gates as one operation each (blocks.py); log-probs of only the tokens that count are in heads.py. Each equals the plain module, which tests/models proves for
 the tested families; any other architecture is compared when it is loaded, and a seam that differs stays off.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import types
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kitae.config import SeamSettings
 from kitae.errors import ModelError
-from kitae.models import attention, experts
+from kitae.models import attention, blocks, experts, native
 from kitae.models.families import Family
 from kitae.types import Packing, Segment
 
 log = logging.getLogger(__name__)
 
 NAME = "kitae"
-"""What our functions are called in transformers' registries."""
+"""What our functions are called in transformers' registries; attention by kernels has a name of its own."""
+NATIVE_NAME = "kitae_kernels"
 HARMLESS = {
     "position_ids",
     "use_cache",
@@ -56,6 +56,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NATIVE_NAME, functools.partial(_attention, kernels=True))
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts.experts_forward)
     plain_TH = None
     has_logits = causal_lm.get_output_embeddings() is not None  # a critic has a score instead
@@ -63,10 +64,12 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         if has_logits:
             _require_known_logits(causal_lm)
         plain_TH = _plain_hidden(causal_lm)
+    on_cpu = next(causal_lm.parameters()).device.type == "cpu"
+    use_kernels = settings.kernels and on_cpu and native.library() is not None
     use_experts = _install_experts(causal_lm, settings, plain_TH)
     reason = _why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
-        reason = _try_attention(causal_lm, plain_TH)
+        reason = _try_attention(causal_lm, NATIVE_NAME if use_kernels else NAME, plain_TH)
     use_attention = settings.attention and reason is None
     if settings.attention and not use_attention:
         log.info("attention seam off, one row per forward: %s (%s)", reason, causal_lm.config.model_type)
@@ -74,8 +77,11 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     if settings.head and has_logits and not use_head:
         log.info("head seam off: %s scales, caps or adapts its logits", causal_lm.config.model_type)
     if settings.rmsnorm:
-        fuse_rmsnorms(causal_lm)
-    return SeamSettings(attention=use_attention, head=use_head, experts=use_experts, rmsnorm=settings.rmsnorm)
+        blocks.fuse_rmsnorms(causal_lm, kernels=use_kernels)
+    if use_kernels:
+        blocks.fuse_layers(causal_lm, attention_name=NATIVE_NAME)
+    used = {"attention": use_attention, "head": use_head, "experts": use_experts, "kernels": use_kernels}
+    return settings.model_copy(update=used)
 
 
 def has_plain_head(causal_lm: Any) -> bool:
@@ -107,6 +113,7 @@ def _attention(
     scaling: float,
     dropout: float = 0.0,
     kv_cache: AttentionCache | None = None,
+    kernels: bool = False,
     **others: Any,  # each architecture passes its own
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over one packed row: [1, heads, T, D] in, [1, T, heads, D] out."""
@@ -121,7 +128,7 @@ def _attention(
         layer = module.layer_idx
         assert isinstance(layer, int), f"attention layer without a number: {layer!r}"
         return kv_cache.attend(layer, q_TQD, k_TKD, v_TKD, packing, scaling)[None], None
-    out = attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout)
+    out = attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout, kernels=kernels)
     return out[None], None
 
 
@@ -137,11 +144,11 @@ def _why_own_attention(config: Any) -> str | None:
     return None
 
 
-def _try_attention(causal_lm: Any, plain_TH: Tensor | None) -> str | None:
+def _try_attention(causal_lm: Any, name: str, plain_TH: Tensor | None) -> str | None:
     """Switch to packed attention; where it does not give what single rows gave, switch back and return why."""
     own = causal_lm.config._attn_implementation
     try:
-        causal_lm.set_attn_implementation(NAME)
+        causal_lm.set_attn_implementation(name)
         if plain_TH is None or _is_close(_packed_hidden(causal_lm), plain_TH, causal_lm.dtype):
             return None
         reason = "packed rows do not give what single rows give"
@@ -225,41 +232,3 @@ def _is_close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Equal up to rounding in every row."""
     error = ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-6)).max()
     return bool(error < (1e-4 if dtype == torch.float32 else 0.05))
-
-
-def fuse_rmsnorms(model: nn.Module) -> int:
-    """Let every plain RMSNorm of the model use torch's fused one; return how many there are.
-
-    Whether a norm is plain is tried on random numbers: a norm that adds 1 to its weight, for one, stays as it is.
-    """
-    is_plain: dict[type, bool] = {}
-    count = 0
-    for module in model.modules():
-        kind = type(module)
-        if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
-            continue
-        if kind not in is_plain:
-            is_plain[kind] = _is_plain_rmsnorm(kind)
-        if is_plain[kind]:
-            # On the instance: the class, its name and its parameters stay transformers' own.
-            module.forward = types.MethodType(_fused_rmsnorm, module)
-            count += 1
-    return count
-
-
-def _fused_rmsnorm(self: Any, hidden_states: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-
-
-def _is_plain_rmsnorm(kind: type) -> bool:
-    try:
-        norm = kind(48, eps=1e-5)
-    except TypeError:  # a norm with other arguments is not a plain one
-        return False
-    if [name for name, _ in norm.named_parameters()] != ["weight"]:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 48, generator=generator)
-    with torch.no_grad():
-        norm.weight.copy_(torch.randn(48, generator=generator))
-        return bool(torch.allclose(norm(x), _fused_rmsnorm(norm, x), rtol=1e-5, atol=1e-6))

@@ -17,7 +17,7 @@ from kitae.models.policy import Policy
 from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
-from kitae.rollout.shapes import why_not_native
+from kitae.rollout.shapes import compute_dtype, why_not_native
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def open_engine(
                 max_rows,
                 torch.get_num_threads(),
                 policy.causal_lm.config.model_type,
-                str(policy.dtype).removeprefix("torch."),
+                str(compute_dtype(policy)).removeprefix("torch."),
             )
             native = NativeEngine(
                 policy,

@@ -18,55 +18,50 @@ def make_scratch(
 
     Returned are the struct, the logits [rows, vocabulary], and all tensors, which must live as long as the struct.
     """
-    widths = _widths(model)
-    in_float32 = ("hidden", "qkv", "logits", "expert_out", "shares")
-    rows = dict.fromkeys(widths, tokens) | {"logits": logits}
-    routing = model.struct.routing
-    if routing.num_experts:
-        rows |= {name: tokens * routing.num_chosen for name in widths if name.startswith("expert_")}
     buffers = {
-        name: torch.empty(rows[name], width, dtype=torch.float32 if name in in_float32 else model.dtype)
-        for name, width in widths.items()
+        name: torch.empty(rows, width, dtype=dtype)
+        for name, (rows, width, dtype) in _shapes(model, tokens=tokens, logits=logits).items()
     }
-    numbers = {}
-    if routing.num_experts:
-        buffers["shares"] = torch.empty(tokens, routing.num_chosen)
-        numbers = {
-            "chosen": torch.empty(tokens, routing.num_chosen, dtype=torch.int32),
-            "place": torch.empty(tokens, routing.num_chosen, dtype=torch.int32),
-            "first_row": torch.empty(routing.num_experts + 1, dtype=torch.int32),
-        }
-    strides = {f"{name}_stride": width for name, width in widths.items()}
-    known = {name for name, _ in structs.Scratch._fields_}
+    strides = [name for name, _ in structs.Scratch._fields_ if name.endswith("_stride")]
     struct = structs.Scratch(
-        **{name: pointer(buffer) for name, buffer in (buffers | numbers).items()},
-        **{name: width for name, width in strides.items() if name in known},
+        **{name: pointer(buffer) for name, buffer in buffers.items()},
+        **{s: buffers[n].shape[1] for s in strides if (n := s.removesuffix("_stride")) in buffers},
     )
-    return struct, buffers["logits"][:, : model.vocabulary], [*buffers.values(), *numbers.values()]
+    return struct, buffers["logits"][:, : model.vocabulary], list(buffers.values())
 
 
-def _widths(model: PackedModel) -> dict[str, int]:
-    """Numbers in a row of each buffer."""
-    layers, latent, heads = model.layers, model.struct.latent, model.query_heads
+def _shapes(model: PackedModel, *, tokens: int, logits: int) -> dict[str, tuple[int, int, torch.dtype]]:
+    """Rows, width and type of each buffer."""
+    layers, latent, routing = model.layers, model.struct.latent, model.struct.routing
+    heads, dtype = model.query_heads, model.dtype
     hidden = -(-model.hidden_size // BLOCK) * BLOCK
-    widths = {
-        "hidden": hidden,
-        "normed": hidden,
-        "qkv": layers[0].qkv.columns,
-        "attended": heads * model.head_size,
-        "activated": max(layer.gate_up.columns for layer in layers) // 2,
-        "logits": model.struct.head.columns,
+    shapes = {
+        "hidden": (tokens, hidden, torch.float32),
+        "normed": (tokens, hidden, dtype),
+        "qkv": (tokens, layers[0].qkv.columns, torch.float32),
+        "attended": (tokens, heads * model.head_size, dtype),
+        "activated": (tokens, max(layer.gate_up.columns for layer in layers) // 2, dtype),
+        "logits": (logits, model.struct.head.columns, torch.float32),
     }
     if latent.latent:
-        widths |= {
-            "qkv": layers[0].latent.down.columns,
-            "attended": heads * latent.value,
-            "query_latents": -(-latent.query_latent // LANES) * LANES,
-            "queries": layers[0].latent.queries.columns,
-            "absorbed": heads * (latent.latent + latent.rotated),
-            "mixed": heads * latent.latent,
+        shapes |= {
+            "qkv": (tokens, layers[0].latent.down.columns, torch.float32),
+            "attended": (tokens, heads * latent.value, dtype),
+            "query_latents": (tokens, -(-latent.query_latent // LANES) * LANES, dtype),
+            "queries": (tokens, layers[0].latent.queries.columns, dtype),
+            "absorbed": (tokens, heads * (latent.latent + latent.rotated), dtype),
+            "mixed": (tokens, heads * latent.latent, dtype),
         }
-    if model.struct.routing.num_experts:
+    if routing.num_experts:
+        chosen, rows = routing.num_chosen, tokens * routing.num_chosen
         inner = max(layer.experts.gate_up.columns for layer in layers) // 2
-        widths |= {"expert_rows": hidden, "expert_activated": inner, "expert_out": hidden}
-    return widths
+        shapes |= {
+            "shares": (tokens, chosen, torch.float32),
+            "chosen": (tokens, chosen, torch.int32),
+            "place": (tokens, chosen, torch.int32),
+            "first_row": (1, routing.num_experts + 1, torch.int32),
+            "expert_rows": (rows, hidden, dtype),
+            "expert_activated": (rows, inner, dtype),
+            "expert_out": (rows, hidden, torch.float32),
+        }
+    return shapes

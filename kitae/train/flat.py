@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kitae.models import native
 from kitae.parallel.world import World
 
 
@@ -34,9 +36,12 @@ class Slot:
 
 
 class FlatParameters:
-    """The trainable parameters of a policy; `grad` is the one flat buffer behind all their gradients."""
+    """The trainable parameters of a policy; `grad` is the one flat buffer behind all their gradients.
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    With `kernels`, those of models/native.py add low-precision gradients up.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], *, kernels: bool = False) -> None:
         assert named, "a policy without trainable parameters"
         locals_ = [_local(parameter) for _, parameter in named]
         self.is_sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
@@ -49,7 +54,7 @@ class FlatParameters:
         ]
         masters = torch.empty(sum(whole), device=device)
         self.slots = [
-            _make_slot(name, parameter, master=master, grad=grad.view(local.shape))
+            _make_slot(name, parameter, master=master, grad=grad.view(local.shape), kernels=kernels)
             for (name, parameter), local, master, grad in zip(
                 named, locals_, torch.split(masters, whole), torch.split(self.grad, sizes), strict=True
             )
@@ -77,7 +82,7 @@ class FlatParameters:
                 slot.parameter.copy_(slot.master)
 
 
-def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tensor) -> Slot:
+def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tensor, kernels: bool) -> Slot:
     if isinstance(parameter, DTensor):
         # FSDP adds to an existing gradient shard in place, so it never replaces this view.
         parameter.grad = DTensor.from_local(
@@ -96,17 +101,20 @@ def _make_slot(name: str, parameter: nn.Parameter, *, master: Tensor, grad: Tens
             parameter.data = master
             parameter.grad = grad
         else:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)
+            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, kernels=kernels))
     seen = nn.Parameter(master)
     seen.grad = grad
     return Slot(name=name, parameter=parameter, master=seen)
 
 
-def _move_gradient(parameter: Tensor) -> None:
+def _move_gradient(parameter: Tensor, *, kernels: bool) -> None:
     """Add a backward's low-precision gradient to the float32 one, and free it."""
     if parameter.grad is None:  # the head's and the experts' backward added it to main_grad already
         return
-    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    if kernels and native.fits(parameter.grad):
+        native.add_(parameter.main_grad, parameter.grad)  # type: ignore[attr-defined]
+    else:
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
     parameter.grad = None
 
 

@@ -44,7 +44,7 @@ class Learner:
         self.total_steps = total_steps
         self.world = world
         self.step = 0
-        self.flat = FlatParameters(policy.named_trainable())
+        self.flat = FlatParameters(policy.named_trainable(), kernels=policy.seams.kernels)
         self.optimizer = make_optimizer(
             optim, [slot.master for slot in self.flat.slots], world=world if self.flat.is_sharded else World()
         )

@@ -19,7 +19,7 @@ from tests.models.conftest import (
 )
 
 LENGTHS = (37, 5, 2, 130, 64, 64, 11)
-OFF = SeamSettings(attention=False, head=False, experts=False, rmsnorm=False)
+OFF = SeamSettings(attention=False, head=False, experts=False, rmsnorm=False, kernels=False)
 
 
 def loss_of(policy, batch, *, as_coefficients: bool = True) -> torch.Tensor:
@@ -186,7 +186,7 @@ def test_a_cache_object_takes_over_attention(policy_of):
             from kitae.models.attention import attend
 
             self.layers.append((layer_idx, q_TQD.shape, k_TKD.shape, v_TKD.shape))
-            return attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling)
+            return attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, kernels=policy.seams.kernels)
 
     policy, batch, cache = policy_of("deepseek_v3"), batch_of([random_row(7)]), Recorder()
     with torch.no_grad():
@@ -270,6 +270,6 @@ def test_a_norm_that_adds_one_to_its_weight_is_left_alone():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-    from kitae.models.seams import fuse_rmsnorms
+    from kitae.models.blocks import fuse_rmsnorms
 
     assert fuse_rmsnorms(torch.nn.ModuleList([Qwen3RMSNorm(8), GemmaRMSNorm(8)])) == 1

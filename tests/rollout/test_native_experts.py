@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from kitae import compiler
 from kitae.config import LoraSettings, ModelSettings, SamplingSettings
+from kitae.errors import NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
-from kitae import compiler
 from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.shapes import why_not_native
@@ -294,6 +295,19 @@ def test_float16_is_computed_in_float32(root: Path, kernels: ctypes.CDLL):
             parameter.copy_(parameter.half().float())
     assert differences(exact, groups, temperature=1.0).abs().mean().item() <= 1e-3  # angles in float16
     assert differences(policy, groups, temperature=1.0).abs().mean().item() <= 0.01
+
+
+@pytest.mark.parametrize("part", ["gate.weight", "experts.down_proj", "kv_b_proj.weight"])
+def test_broken_weights_stop_the_run(root: Path, kernels: ctypes.CDLL, part: str):
+    policy = load_policy(
+        ModelSettings(name_or_path=str(folder_of(root, "v3")), dtype="float32", device="cpu"), trainable=False
+    )
+    with torch.no_grad():
+        for name, parameter in policy.causal_lm.named_parameters():
+            if name.endswith(part):
+                parameter.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="not finite after 3 tokens"):
+        engine_of(policy, kernels).generate(problems_of([3]), n=2, sampling=SamplingSettings(), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Log-likelihoods: echo with logprobs, as evaluation harnesses ask for them, against the plain model."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,25 +9,31 @@ TEXT = "/v1/completions"
 GIVEN = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
 
 
-def by_the_model(running, ids):
-    """Log-probabilities of ids[1:], and the likeliest token of each place, from the module itself."""
+@pytest.fixture(scope="module")
+def plain(thinker):
+    """The model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(thinker)
+
+
+def by_the_model(plain, ids):
+    """Log-probabilities of ids[1:], and the likeliest token of each place."""
     with torch.no_grad():
-        logits = running.opened.policy.causal_lm(torch.tensor([ids])).logits[0].float()
+        logits = plain(torch.tensor([ids])).logits[0].float()
     logprobs = logits.log_softmax(-1)
     return logprobs[torch.arange(len(ids) - 1), ids[1:]].tolist(), logprobs.argmax(-1).tolist()
 
 
-def test_echoed_prompts_have_the_model_s_log_probabilities(running, client):
+def test_echoed_prompts_have_the_model_s_log_probabilities(running, plain):
     encode = running.opened.template.tokenizer.encode
     prompts = [encode("the sum of 2 and 2 is 4"), encode("x"), encode("1+1=2, 2+2=4, 3+3=6"), encode("<|im_end|>a<think>")]
     answer = running.ask("POST", TEXT, {**GIVEN, "prompt": prompts})
-    import json
-
     choices = json.loads(answer[2])["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
     for ids, choice in zip(prompts, choices, strict=True):
         found = choice["logprobs"]
-        expected, greedy = by_the_model(running, ids)
+        expected, greedy = by_the_model(plain, ids)
         assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
         assert found["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-5)
         assert len(found["tokens"]) == len(ids) + 1
@@ -40,8 +48,6 @@ def test_echoed_prompts_have_the_model_s_log_probabilities(running, client):
 
 
 def test_nothing_is_sampled_where_no_token_is_asked_for(running):
-    import json
-
     ask = {**GIVEN, "max_tokens": 0, "prompt": "1+1"}
     choice = json.loads(running.ask("POST", TEXT, ask)[2])
     assert choice["choices"][0]["text"] == "1+1" and choice["usage"]["completion_tokens"] == 0

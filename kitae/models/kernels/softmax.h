@@ -1,4 +1,5 @@
-// Rows of logits to the log-probability of each row's target, and in place to the gradient of that log-probability.
+// Rows of logits to the log-probability of each row's target and the row's entropy, and in place to the gradient of that
+// log-probability.
 #pragma once
 
 #include <vector>
@@ -12,7 +13,7 @@ namespace kitae {
 template <class T>
 void target_logprobs(
     T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, float temperature, const float* scales,
-    float* logprobs, float* lse) {
+    float* logprobs, float* lse, float* entropies) {
     const float inverse = 1.0f / temperature;
 #pragma omp parallel
     {
@@ -29,21 +30,24 @@ void target_logprobs(
             }
             for (int64_t j = whole; j < vocabulary; j++) most = value(own[j]) > most ? value(own[j]) : most;
             most *= inverse;
-            f32x16 sums{};
+            f32x16 sums{}, products{};
             for (int64_t j = 0; j < whole; j += LANES) {
-                const f32x16 e = exp_of(load(own + j) * inverse - most);
+                const f32x16 x = load(own + j) * inverse - most, e = exp_of(x);
                 sums += e;
+                products += e * x;
                 if (scales) store(exps.data() + j, e);
             }
-            float sum = sum_of(sums);
+            float sum = sum_of(sums), product = sum_of(products);
             for (int64_t j = whole; j < vocabulary; j++) {
-                const float e = std::exp(value(own[j]) * inverse - most);
+                const float x = value(own[j]) * inverse - most, e = std::exp(x);
                 sum += e;
+                product += e * x;
                 if (scales) exps[size_t(j)] = e;
             }
             const float shifted = value(own[targets[row]]) * inverse - most;
             logprobs[row] = shifted - std::log(sum);
             lse[row] = most + std::log(sum);
+            entropies[row] = std::log(sum) - product / sum;  // -sum p log p with log p = x - log(sum)
             if (!scales) continue;
             const float scale = scales[row], share = -scale / sum;
             const float at_target = scale + exps[size_t(targets[row])] * share;

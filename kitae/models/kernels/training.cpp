@@ -59,9 +59,10 @@ void kitae_add(int kind, const void* x, int64_t size, float* sum) { KITAE_FOR(ki
 
 void kitae_target_logprobs(
     int kind, void* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, float temperature, const float* scales,
-    float* logprobs, float* lse) {
+    float* logprobs, float* lse, float* entropies) {
     KITAE_FOR(
-        kind, kitae::target_logprobs(OUT(logits), targets, rows, vocabulary, temperature, scales, logprobs, lse))
+        kind, kitae::target_logprobs(
+                  OUT(logits), targets, rows, vocabulary, temperature, scales, logprobs, lse, entropies))
 }
 
 void kitae_attend(

@@ -72,22 +72,29 @@ void write_product(const Team& team, const Scratch& scratch, int64_t count, cons
     });
 }
 
-template <class T> void attend_to_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+// From the normalised rows to what attention gives, in scratch.attended.
+template <class T>
+void attend_to_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     write_product<T>(team, scratch, tokens.count, layer.qkv, scratch.qkv, scratch.qkv_stride);
     place_keys<T>(team, model, layer, scratch, tokens);
     attend<T>(team, model, layer, scratch, tokens);
 }
 
-template <class T> void attend_with_latents(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
+// The same by way of latents.
+template <class T>
+void attend_with_latents(
+    const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const int64_t count = tokens.count;
     write_product<T>(team, scratch, count, layer.latent.down, scratch.qkv, scratch.qkv_stride);
     place_latents<T>(team, model, layer, scratch, tokens);
     const bool has_latent = layer.latent.query_norm;
     const void* x = has_latent ? scratch.query_latents : scratch.normed;
     const int64_t stride = has_latent ? scratch.query_latents_stride : scratch.hidden_stride;
-    multiply(team, static_cast<const T*>(x), stride, count, layer.latent.queries, [&](int64_t row, int64_t block, const float* sums) {
-        store_columns(static_cast<T*>(scratch.queries) + row * scratch.queries_stride, scratch.queries_stride, block, sums);
-    });
+    T* queries = static_cast<T*>(scratch.queries);
+    const auto keep = [&](int64_t row, int64_t block, const float* sums) {
+        store_columns(queries + row * scratch.queries_stride, scratch.queries_stride, block, sums);
+    };
+    multiply(team, static_cast<const T*>(x), stride, count, layer.latent.queries, keep);
     absorb_keys<T>(team, model, layer, scratch, tokens);
     attend_to_latents<T>(team, model, layer, scratch, tokens);
     raise_values<T>(team, model, layer, scratch, count);

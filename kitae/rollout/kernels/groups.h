@@ -42,7 +42,9 @@ void multiply_groups(const Team& team, const Matrix& first, int64_t groups, int6
         for (int64_t g = 0; g < groups; g++) total += cost_of(rows_of(g).count) * blocks;
         const int64_t begin = total * work.begin / CUTS, end = total * work.end / CUTS;
         // A piece belongs to the part in which it begins.
-        const auto pieces_up_to = [&](int64_t cost, int64_t each) { return cost > before ? (cost - before + each - 1) / each : 0; };
+        const auto pieces_up_to = [&](int64_t cost, int64_t each) {
+            return cost > before ? (cost - before + each - 1) / each : 0;
+        };
         for (int64_t g = 0; g < groups; g++) {
             const Rows<T> rows = rows_of(g);
             const int64_t each = cost_of(rows.count);

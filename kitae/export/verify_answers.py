@@ -1,0 +1,293 @@
+"""How a model answers, whatever runs it: log-probabilities of what may come next, greedy completions, where it stops.
+
+A folder runs in kitae; a GGUF file in llama.cpp (xllamacpp), or dequantised in kitae where that is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kitae.config import ModelSettings, SamplingSettings
+from kitae.data.chat import Template
+from kitae.data.collate import collate
+from kitae.errors import ModelError, PlanError
+from kitae.export.gguf_read import Opened, write_back
+from kitae.export.gguf_vocab import load_template
+from kitae.export.source import Source
+from kitae.models.load import load_policy, load_tokenizer
+from kitae.models.policy import Policy
+from kitae.rollout.choose import open_engine
+from kitae.types import Problem, Row
+
+TOP = 256
+"""The reference's likeliest tokens, over which distributions are compared."""
+RETURNED = 4096
+"""Tokens that llama.cpp is asked for at each position."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One prompt."""
+
+    messages: list[dict[str, str]]
+    """Empty where the model has no chat template."""
+    text: str
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What one model said to all questions."""
+
+    how: str
+    """What ran it."""
+    logprobs_QPV: list[Tensor]
+    """Of each question, at the positions that are compared; -inf where only the likeliest were told."""
+    greedy: list[list[int]]
+    texts: list[str]
+    stop_ids: list[int]
+    """Ids that end its completions."""
+    template: str | None
+    """Fingerprint of its chat template, with system prompt and stop ids."""
+    differences: list[str]
+    """How it reads or renders text otherwise than the reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exam:
+    """What every model is asked: questions, and the completions after whose tokens all are compared."""
+
+    questions: list[Question]
+    forced: list[list[int]]
+    max_new_tokens: int
+
+
+def pose(tokenizer: Any, template: Template | None, prompts: Sequence[str]) -> list[Question]:
+    """The prompts as the model is asked them."""
+    if template is None:
+        return [Question(messages=[], text=text, ids=tokenizer.encode(text)) for text in prompts]
+    found = []
+    for text in prompts:
+        messages = [{"role": "user", "content": text}]
+        ids, _ = template.prompt(messages)
+        found.append(Question(messages=messages, text=tokenizer.decode(ids), ids=ids))
+    return found
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, *, base: Path | None = None) -> Iterator[tuple[Policy, str]]:
+    """A model in float32, or in bfloat16 where only that fits; `base` takes the place of the one an adapter names."""
+    with contextlib.ExitStack() as stack:
+        if base is not None:
+            folder = stack.enter_context(_on_base(folder, base))
+        settings: dict[str, Any] = {"name_or_path": str(folder), "device": "cpu"}
+        try:
+            yield load_policy(ModelSettings(**settings, dtype="float32"), trainable=False), "kitae, float32"
+        except PlanError:
+            yield load_policy(ModelSettings(**settings, dtype="bfloat16"), trainable=False), "kitae, bfloat16"
+
+
+@contextlib.contextmanager
+def _on_base(adapter: Path, base: Path) -> Iterator[Path]:
+    with TemporaryDirectory(prefix="kitae-verify-") as name:
+        folder = Path(name)
+        for path in adapter.iterdir():
+            if path.is_file() and path.name != "adapter_config.json":
+                (folder / path.name).symlink_to(path.resolve())
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = str(base.resolve())
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield folder
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a folder, a transformers PreTrainedTokenizerFast."""
+    return load_tokenizer(ModelSettings(name_or_path=str(folder), tokenizer=str(folder)))
+
+
+def complete(
+    policy: Policy, questions: Sequence[Question], *, stop_ids: list[int], decode: Any, max_new_tokens: int
+) -> tuple[list[list[int]], list[str]]:
+    """Greedy completions, as ids and text."""
+    engine, _ = open_engine(
+        policy,
+        wanted="generic",
+        setting="engine",
+        expected_tokens=len(questions) * max_new_tokens,
+        stop_ids=stop_ids,
+        decode=decode,
+        max_rows=len(questions),
+    )
+    problems = [Problem(prompt=q.text, token_ids=q.ids, index=i) for i, q in enumerate(questions)]
+    sampling = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    groups = engine.generate(problems, n=1, sampling=sampling, seed=0)
+    return [list(group[0].token_ids) for group in groups], [group[0].text for group in groups]
+
+
+@torch.no_grad()
+def distributions(policy: Policy, exam: Exam) -> list[Tensor]:
+    """Log-probabilities of every token at each position of the forced completions."""
+    policy.eval()
+    found = []
+    for question, forced in zip(exam.questions, exam.forced, strict=True):
+        mask = [False] * len(question.ids) + [True] * len(forced)
+        row = Row(token_ids=question.ids + forced, loss_mask=mask, prompt_length=len(question.ids))
+        (batch,) = collate([row], rows_per_forward=1)
+        found.append(policy.logits(policy.predicting(batch)).log_softmax(-1))
+    return found
+
+
+def answers_of_folder(
+    folder: Path, exam: Exam, *, reference: Any, tokenizer: Any = None, base: Path | None = None
+) -> Answers:
+    """What a model folder or adapter says; `reference` is the tokenizer its texts are compared with.
+
+    `tokenizer` is its own, where that lies in another folder.
+    """
+    tokenizer = tokenizer_of(folder) if tokenizer is None else tokenizer
+    template = load_template(tokenizer)
+    stop_ids = _stop_ids(tokenizer, template)
+    with loaded(folder, base=base) as (policy, how):
+        said = distributions(policy, exam)
+        decode = tokenizer.decode if template is None else template.decode
+        greedy, texts = complete(
+            policy, exam.questions, stop_ids=stop_ids, decode=decode, max_new_tokens=exam.max_new_tokens
+        )
+    return Answers(
+        how=how,
+        logprobs_QPV=said,
+        greedy=greedy,
+        texts=texts,
+        stop_ids=stop_ids,
+        template=None if template is None else template.fingerprint,
+        differences=_differences(tokenizer, template, exam, reference),
+    )
+
+
+def _stop_ids(tokenizer: Any, template: Template | None) -> list[int]:
+    if template is not None:
+        return list(template.stop_ids)
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _differences(tokenizer: Any, template: Template | None, exam: Exam, reference: Any) -> list[str]:
+    posed = pose(
+        tokenizer, template, [q.messages[-1]["content"] if q.messages else q.text for q in exam.questions]
+    )
+    unlike = sum(a.ids != b.ids for a, b in zip(posed, exam.questions, strict=True))
+    found = [f"{unlike} of {len(posed)} prompts become other token ids"] if unlike else []
+    if tokenizer.get_vocab() != reference.get_vocab():
+        found.append("the vocabulary is another one")
+    return found
+
+
+# GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def has_llama_cpp() -> bool:
+    """Whether xllamacpp is installed."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def answers_of_llama_cpp(
+    path: Path, exam: Exam, *, reference: Any, stop_ids: list[int], template: str | None, threads: int
+) -> Answers:
+    """What llama.cpp says, run in a process of its own; that it dies is a ModelError."""
+    size = max(
+        len(q.ids) + max(len(f), exam.max_new_tokens)
+        for q, f in zip(exam.questions, exam.forced, strict=True)
+    )
+    vocab = len(reference)
+    job = {
+        "path": str(path.resolve()),
+        "context": size + 8,
+        "threads": threads,
+        "sequences": [[q.ids, f] for q, f in zip(exam.questions, exam.forced, strict=True)],
+        "top": max(vocab, 1) + 1024 if vocab <= RETURNED else RETURNED,
+        "max_tokens": exam.max_new_tokens,
+        "stop_ids": stop_ids,
+        "texts": [q.text for q in exam.questions],
+        "conversations": [q.messages for q in exam.questions if q.messages],
+    }
+    said = run_llama_cpp(job)
+    differences = []
+    unlike = sum(ids != q.ids for ids, q in zip(said["tokens"], exam.questions, strict=True))
+    if unlike:
+        differences.append(f"{unlike} of {len(exam.questions)} prompts become other token ids in llama.cpp")
+    asked = [q for q in exam.questions if q.messages]
+    unlike = sum(text != q.text for text, q in zip(said["rendered"], asked, strict=True))
+    if unlike:
+        differences.append(f"{unlike} of {len(asked)} conversations are rendered otherwise by llama.cpp")
+    return Answers(
+        how="llama.cpp",
+        logprobs_QPV=[_dense(row) for row in said["positions"]],
+        greedy=[entry["ids"] for entry in said["greedy"]],
+        texts=[entry["text"] for entry in said["greedy"]],
+        stop_ids=[number for number in stop_ids if said["stops"][str(number)]],
+        template=template,
+        differences=differences,
+    )
+
+
+def run_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
+    """The worker's answer to a job."""
+    with TemporaryDirectory(prefix="kitae-llama-") as name:
+        asked, result = Path(name) / "job.json", Path(name) / "result.json"
+        asked.write_text(json.dumps(job), encoding="utf-8")
+        command = [sys.executable, "-m", "kitae.export._llama_worker", str(asked), str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode or not result.is_file():
+            lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            told = [line for line in lines if "error" in line.lower()] or lines
+            raise ModelError(f"llama.cpp cannot run {job['path']}: {' / '.join(told[-3:])}")
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def _dense(row: list[list[list[Any]]]) -> Tensor:
+    size = 1 + max(max(ids) for ids, _ in row)
+    found = torch.full((len(row), size), -torch.inf)
+    for position, (ids, logprobs) in enumerate(row):
+        found[position, torch.tensor(ids)] = torch.tensor(logprobs, dtype=torch.float32)
+    return found
+
+
+def answers_of_dequantised(
+    opened: Opened, source: Source, exam: Exam, *, reference: Any, template: str | None
+) -> Answers:
+    """What the file's weights say in kitae's own modules."""
+    with TemporaryDirectory(prefix="kitae-verify-") as name:
+        folder = Path(name)
+        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        for path in source.folder.iterdir():
+            if path.is_file() and path.name.startswith(
+                ("tokenizer", "special_tokens", "chat_template", "kitae_t")
+            ):
+                shutil.copy(path, folder / path.name)
+        write_back(opened, source, folder)
+        said = answers_of_folder(folder, exam, reference=reference)
+    eos = opened.metadata.get("tokenizer.ggml.eos_token_id")
+    ends = [opened.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eot", "eom")]
+    return Answers(
+        how="dequantised by gguf, " + said.how,
+        logprobs_QPV=said.logprobs_QPV,
+        greedy=said.greedy,
+        texts=said.texts,
+        stop_ids=sorted({number for number in (eos, *ends) if number is not None}),
+        template=template,
+        differences=[],
+    )
