@@ -7,7 +7,7 @@ import statistics
 from importlib.metadata import version
 from pathlib import Path
 
-from grpo_options import parser
+from grpo_shared import parser, tokens_of
 
 
 def main() -> None:
@@ -47,13 +47,13 @@ def main() -> None:
     timed = steps[options.warmup :]
     elapsed = timed[-1]["time"] - steps[options.warmup - 1]["time"]
     length = statistics.fmean(step["rollout/completion_length"] for step in timed)
-    rows = options.prompts * options.group
+    step_s = elapsed / len(timed)
     log = (output_dir / "train.log").read_text().splitlines()
     print(
         json.dumps(
             {
-                "tokens_per_s": len(timed) * rows * (length + prompt_length(options.folder)) / elapsed,
-                "step_s": elapsed / len(timed),
+                "tokens_per_s": tokens_of(options, completion_length=length) / step_s,
+                "step_s": step_s,
                 "completion_length": length,
                 "reward": statistics.fmean(step["rollout/reward"] for step in timed),
                 "precision": next(line.split(" INFO ")[1] for line in log if " INFO dtype " in line),
@@ -61,16 +61,6 @@ def main() -> None:
             }
         )
     )
-
-
-def prompt_length(folder: Path) -> float:
-    """Mean tokens of a prompt: its words, and what the chat template writes around them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "sampler")
-    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    rendered = (tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows)
-    return statistics.fmean(len(ids["input_ids"]) for ids in rendered)
 
 
 if __name__ == "__main__":

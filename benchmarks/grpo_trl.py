@@ -8,8 +8,8 @@ import statistics
 import time
 from importlib.metadata import version
 
-from grpo_options import parser
 from grpo_reward import rewards
+from grpo_shared import parser, tokens_of
 
 
 def main() -> None:
@@ -45,13 +45,11 @@ def main() -> None:
         lora = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
 
     ends: list[float] = []
-    totals: list[float] = []
     logged: list[dict] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             ends.append(time.perf_counter())
-            totals.append(trainer._total_train_tokens)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "completions/mean_length" in logs:
@@ -72,17 +70,17 @@ def main() -> None:
         peft_config=lora,
     )
     result = trainer.train()
-    first = options.warmup - 1
+    timed = logged[options.warmup :]
+    step_s = (ends[-1] - ends[options.warmup - 1]) / (options.steps - options.warmup)
+    length = statistics.fmean(logs["completions/mean_length"] for logs in timed)
     assert math.isfinite(result.training_loss) and len(logged) == options.steps
     print(
         json.dumps(
             {
-                "tokens_per_s": (totals[-1] - totals[first]) / (ends[-1] - ends[first]),
-                "step_s": (ends[-1] - ends[first]) / (options.steps - options.warmup),
-                "completion_length": statistics.fmean(
-                    logs["completions/mean_length"] for logs in logged[options.warmup :]
-                ),
-                "reward": statistics.fmean(logs["reward"] for logs in logged[options.warmup :]),
+                "tokens_per_s": tokens_of(options, completion_length=length) / step_s,
+                "step_s": step_s,
+                "completion_length": length,
+                "reward": statistics.fmean(logs["reward"] for logs in timed),
                 "precision": f"{next(trainer.model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
                 "gradient_checkpointing": config.gradient_checkpointing,
                 "versions": {name: version(name) for name in ("trl", "transformers", "torch", "peft")},

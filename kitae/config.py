@@ -293,9 +293,9 @@ class CompletionSettings(Section):
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
     engine: Literal["auto", "generic", "native"] = "auto"
-    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use, with a second copy
-    of the weights; generic runs any model through transformers; auto takes native where it can run and the run is long
-    enough for the compiling to pay."""
+    """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use, with a
+    second copy of the weights; generic runs any model through transformers; auto takes native where it can run and the run
+    is long enough for the compiling to pay."""
 
 
 class RolloutSettings(CompletionSettings):

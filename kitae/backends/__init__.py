@@ -28,6 +28,9 @@ class Backend(Protocol):
 
     def is_available(self) -> bool: ...
 
+    def count(self) -> int:
+        """How many such devices this machine has."""
+
     def prepare(self) -> None:
         """Called before a model is loaded onto such a device."""
 

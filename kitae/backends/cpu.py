@@ -23,13 +23,16 @@ class CpuBackend:
     name = "cpu"
     process_group = "gloo"
     preference = 0
-    tokens_per_forward: int | None = 1024
+    tokens_per_forward: int | None = 2048
 
     def is_available(self) -> bool:
         return True
 
     def prepare(self) -> None:
         keep_freed_memory(huge_pages_bytes=HUGE_PAGES_BYTES)
+
+    def count(self) -> int:
+        return 1
 
     def supports(self, feature: Feature) -> tuple[bool, str]:
         if feature == "bfloat16":

@@ -20,6 +20,9 @@ class CudaBackend:
     def prepare(self) -> None:
         return
 
+    def count(self) -> int:
+        return torch.cuda.device_count()
+
     def supports(self, feature: Feature) -> tuple[bool, str]:
         if feature == "bfloat16":
             is_fast = torch.cuda.is_bf16_supported(including_emulation=False)

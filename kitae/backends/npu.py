@@ -23,6 +23,9 @@ class NpuBackend:
     def prepare(self) -> None:
         return
 
+    def count(self) -> int:
+        return int(self._module().device_count())
+
     def supports(self, feature: Feature) -> tuple[bool, str]:
         return (
             feature != "nf4",

@@ -72,7 +72,7 @@ def require_passed(report: Mapping[str, Any]) -> None:
 
 
 def _first(report: Mapping[str, Any]) -> str:
-    failures = [failure for row in report["rows"] for failure in row["failures"]]
+    failures: list[str] = [failure for row in report["rows"] for failure in row["failures"]]
     return failures[0] + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
 
 

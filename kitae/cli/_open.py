@@ -42,8 +42,9 @@ class UseSettings(SamplingSettings):
     batch_size: int = Field(64, ge=1)
     """Completions sampled at the same time; memory grows with it, the result does not depend on it."""
     engine: Literal["auto", "generic", "native"] = "auto"
-    """What samples: native is kitae's own C++ for Qwen2, Qwen3 and Llama on a CPU, compiled on first use; generic runs any
-    model through transformers; auto takes native where it can run and the model is large enough for the compiling to pay."""
+    """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use; generic
+    runs any model through transformers; auto takes native where it can run and the model is large enough for the compiling
+    to pay."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     tokenizer: str | None = None

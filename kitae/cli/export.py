@@ -1,4 +1,4 @@
-"""Write a model anew and check it: kitae export merge|gguf|fp8-to-bf16|bf16-to-fp8 MODEL, kitae export verify MODEL EXPORT."""
+"""Write a model anew and check it: kitae export merge|gguf|fp8-to-bf16|bf16-to-fp8 MODEL, export verify MODEL EXPORT."""
 
 from __future__ import annotations
 

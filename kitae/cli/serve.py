@@ -20,6 +20,8 @@ from kitae.settings import read
 if TYPE_CHECKING:
     import socket
 
+    from kitae.rollout.choose import LocalEngine
+
 log = logging.getLogger(__name__)
 EXTERNAL = ("vllm", "sglang", "llama.cpp")
 
@@ -75,11 +77,10 @@ def main(argv: list[str]) -> int:
     use, notes = read("serve", Settings, argv, positional=("model",))
     warn_on_stderr(notes.warnings)
     adapters = _adapters(use)
-    name = use.served_model_name or Path(use.model.rstrip("/")).name
+    name = use.served_model_name or Path(use.model.rstrip("/")).name.removesuffix(".gguf")
     if use.engine in EXTERNAL:
         return _serve_external(use, name, adapters)
-    only = ("n_gpu_layers", "cache_type_k", "cache_type_v", "max_model_len", "engine_args")
-    for setting in only:
+    for setting in ("n_gpu_layers", "cache_type_k", "cache_type_v", "max_model_len", "engine_args"):
         require(
             not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out"
         )
@@ -97,11 +98,14 @@ def _adapters(use: Settings) -> dict[str, Path]:
 
 
 def _serve(use: Settings, name: str, adapters: dict[str, Path]) -> int:
+    from kitae.serve import address
+
     try:
-        from kitae.serve import http
+        from kitae.serve import http  # noqa: F401  # before anything is loaded
+        from kitae.serve import metrics as _metrics  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"kitae serve needs {error.name}; run: pip install 'kitae[serve]'") from error
-    listener = http.bind(use.host, use.port)  # first of all: nobody wants to hear it after a long load
+    listener = address.bind(use.host, use.port)  # first of all: nobody wants to hear it after a long load
     if use.host not in ("127.0.0.1", "localhost", "::1"):
         log.warning(
             "listening on %s: traffic is not encrypted; put a proxy with TLS before it on open networks",
@@ -130,7 +134,7 @@ def _run(
     import torch
 
     from kitae.rollout.choose import open_engine
-    from kitae.serve import http
+    from kitae.serve import address, http
     from kitae.serve.access import Gate
     from kitae.serve.app import Limits, Service, make_app
     from kitae.serve.engine import EngineThread
@@ -140,7 +144,7 @@ def _run(
         torch.set_num_threads(use.threads)
     opened = open_model(use)
 
-    def generic():  # type: ignore[no-untyped-def]  # open_engine's own type
+    def generic() -> LocalEngine:
         return open_engine(
             opened.policy,
             wanted="generic",
@@ -171,7 +175,11 @@ def _run(
         reasoning_format=use.reasoning_format,
         aliases=[use.model],
     )
-    facts = {"url": http.url_of(listener), "models": list(engine.lanes), "api_key_file": str(key_file or "")}
+    facts = {
+        "url": address.url_of(listener),
+        "models": list(engine.lanes),
+        "api_key_file": str(key_file or ""),
+    }
     port: int = listener.getsockname()[1]
     server = http.make_server(
         make_app(service, gate=Gate(key)),
@@ -183,6 +191,29 @@ def _run(
     asyncio.run(server.serve(sockets=[listener]))
     engine.close()
     return 0
+
+
+def _serve_external(use: Settings, name: str, adapters: dict[str, Path]) -> int:
+    from kitae.cli import _external
+    from kitae.serve import address, external
+
+    _external.check(use)
+    with address.bind(use.host, use.port) as listener:  # is it free? the engine binds it itself
+        port: int = listener.getsockname()[1]
+        url = address.url_of(listener)
+    key, key_file = _key(use, port)
+    folder = _state_folder()
+    try:
+        wanted = _external.wanted(use, name=name, adapters=adapters, port=port, key=key, folder=folder)
+        command = external.command(use.engine, wanted)
+        facts = {"url": url, "models": command.models, "api_key_file": str(key_file or "")}
+        return external.run(
+            command, url=url, key=key, grace_s=use.grace_s, on_ready=lambda: _say_ready(use, port, facts)
+        )
+    finally:
+        _forget(use, port)
+        for suffix in ("jinja", "key", "sglang.yaml"):
+            (folder / f"{port}.{suffix}").unlink(missing_ok=True)
 
 
 def _state_folder() -> Path:

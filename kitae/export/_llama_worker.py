@@ -22,7 +22,7 @@ class _Server:
     """The server of one model."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        import xllamacpp
+        import xllamacpp  # type: ignore[import-untyped]
 
         params = xllamacpp.CommonParams()
         params.model.path = job["path"]

@@ -119,15 +119,22 @@ def _require_expressible(name: str, change: Change) -> None:
 
 def _pairs(source: Source) -> Iterator[tuple[Target, Target]]:
     """(A, B) of each of the file's weights."""
-    half = {
-        "weights": source.weights, "config": source.config, "adapter": source.adapter, "changes": source.changes,
-        "head_from": source.head_from,
-    }  # fmt: skip
-    a_side, b_side = _Half(**half, is_b=False), _Half(**half, is_b=True)
+    a_side, b_side = _half(source, is_b=False), _half(source, is_b=True)
     for target in targets_of(b_side):
         if not target.sources:
             continue
         yield _a_of(a_side, target), replace(target, name=f"{target.name}.lora_b")
+
+
+def _half(source: Source, *, is_b: bool) -> _Half:
+    return _Half(
+        weights=source.weights,
+        config=source.config,
+        adapter=source.adapter,
+        changes=source.changes,
+        head_from=source.head_from,
+        is_b=is_b,
+    )
 
 
 def _a_of(a_side: _Half, target: Target) -> Target:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kitae.errors import ModelError
 from kitae.export.adapter import HEAD
-from kitae.export.source import Source
 from kitae.export.gguf_metadata import llama3_factors
+from kitae.export.source import Source
 
 log = logging.getLogger(__name__)
 

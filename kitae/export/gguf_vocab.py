@@ -56,8 +56,12 @@ def vocabulary(tokenizer: Any, *, size: int, pre: str | None = None) -> Vocabula
     if model["type"] == "BPE" and model.get("byte_fallback"):
         filled = _tokens(spec, size, lambda text: text)
         return Vocabulary(
-            model="llama", pre="default", scores=_scores(filled["tokens"], model["merges"]), adds_space=_adds_space(spec), **filled
-        )  # fmt: skip
+            model="llama",
+            pre="default",
+            scores=_scores(filled["tokens"], model["merges"]),
+            adds_space=_adds_space(spec),
+            **filled,
+        )
     if _is_by_character(model, parts):
         texts = [text for text in model["vocab"] if len(text) == 1]
         merges = [merge for text in texts for merge in _merges_of_character(text)]

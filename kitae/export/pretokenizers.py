@@ -49,14 +49,29 @@ EXPRESSIONS = {
 }
 """llama.cpp's names, with the expressions each applies in turn to what the one before has cut."""
 PROBES = (
-    "Hello world", " leading and  double   spaces ", "don't DON'T we'll THEY'RE i'm it's x'd", "1 22 333 4444 1234567",
-    "a1b22c333", "3.14159 + 2,000,000 = ?", "line\nbreaks\n\nand\r\nmore\n \n  indented\n\ttabs\t\tend\t", "trailing   ",
-    "f(x) = x**2; // note\n\nif (a != b) {\n    return a[0]->c;\n}\n", "path/to/file_name.py --flag=value",
-    "caf\u00e9 na\u00efve e\u0301te\u0301 \u0939\u093f\u0928\u094d\u0926\u0940", "\u4f60\u597d\u4e16\u754c abc \u4e2d\u65871\u6587",
-    "\u3053\u3093\u306b\u3061\u306f \u30ab\u30bf\u30ab\u30ca", "\uc548\ub155 \uc138\uacc4", "\u041f\u0440\u0438\u0432\u0435\u0442 \u03b1\u03b2\u03b3",
-    "\U0001f600 \U0001f468\u200d\U0001f469 ok", "camelCaseWord HTTPServer ABCdef", "\u00bd \u2460 \u0663\u0664 x\u00b2", "...!!!???\n\n###",
-    "$5 <tag> @user #1 _under_ a_b", "\u3002\uff0c\uff01\u3001 end.\u201cquoted\u201d", "/\n\n//\n a/b/\n",
-)  # fmt: skip
+    "Hello world",
+    " leading and  double   spaces ",
+    "don't DON'T we'll THEY'RE i'm it's x'd",
+    "1 22 333 4444 1234567",
+    "a1b22c333",
+    "3.14159 + 2,000,000 = ?",
+    "line\nbreaks\n\nand\r\nmore\n \n  indented\n\ttabs\t\tend\t",
+    "trailing   ",
+    "f(x) = x**2; // note\n\nif (a != b) {\n    return a[0]->c;\n}\n",
+    "path/to/file_name.py --flag=value",
+    "caf\xe9 na\xefve e\u0301te\u0301 \u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u4f60\u597d\u4e16\u754c abc \u4e2d\u65871\u6587",
+    "\u3053\u3093\u306b\u3061\u306f \u30ab\u30bf\u30ab\u30ca",
+    "\uc548\ub155 \uc138\uacc4",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u03b1\u03b2\u03b3",
+    "\U0001f600 \U0001f468\u200d\U0001f469 ok",
+    "camelCaseWord HTTPServer ABCdef",
+    "\xbd \u2460 \u0663\u0664 x\xb2",
+    "...!!!???\n\n###",
+    "$5 <tag> @user #1 _under_ a_b",
+    "\u3002\uff0c\uff01\u3001 end.\u201cquoted\u201d",
+    "/\n\n//\n a/b/\n",
+)
 """Strings that the expressions cut differently."""
 
 

@@ -84,14 +84,14 @@ class Written(Protocol):
         ...
 
 
-O = TypeVar("O", bound=Named)
+NamedT = TypeVar("NamedT", bound=Named)
 
 
 @dataclass(frozen=True, slots=True)
-class Item(Generic[O]):
+class Item(Generic[NamedT]):
     """Tensors that are made together, such as an FP8 weight and its scales."""
 
-    outputs: list[O]
+    outputs: list[NamedT]
     pieces: Callable[[], Pieces]
 
 

@@ -4,7 +4,8 @@
     backward  dB = s dY^T t,   dA = s (dY B)^T x,   dX = dY W + s (dY B) A;   nothing for W, no dX where x needs none
 
 Linears that read the same input (queries, keys and values; gate and up) are one such function: one product with all
-their A, and in the backward one with all their W, which lie behind each other in memory. Dimension key: T tokens, I in, O out, R rank.
+their A, and in the backward one with all their W, which lie behind each other in memory.
+Dimension key: T tokens, I in, O out, R rank.
 """
 
 from __future__ import annotations

@@ -32,10 +32,12 @@ class Estimate:
     weight_bytes: int
     training_bytes: int
     """Masters, gradients and optimizer moments of what trains."""
+    sampler_bytes: int
+    """The native engine's own copy of the weights."""
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.training_bytes
+        return self.weight_bytes + self.training_bytes + self.sampler_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,8 @@ class Plan:
     optimizer: str = "adamw"
     ranks: int = 1
     """Ranks the model is sharded over; while it is loaded, each holds all of it."""
+    packed_copy: bool = False
+    """Whether the native engine samples from it, which packs the weights a second time; 4-bit ones it cannot read."""
 
 
 def build_on_meta(config: Any, *, scores: bool = False) -> Any:
@@ -85,7 +89,20 @@ def estimate(meta_model: Any, plan: Plan) -> Estimate:
     training = trained * (MASTER_BYTES - 4 * is_master + MOMENT_BYTES[plan.optimizer])
     if is_sharded:
         training //= plan.ranks
-    return Estimate(parameters=total, trainable=trained, weight_bytes=int(weights), training_bytes=training)
+    return Estimate(
+        parameters=total,
+        trainable=trained,
+        weight_bytes=int(weights),
+        training_bytes=training,
+        sampler_bytes=_packed_size(meta_model) * element if plan.packed_copy and not plan.nf4 else 0,
+    )
+
+
+def _packed_size(causal_lm: Any) -> int:
+    """Weights of the native engine's copy: all but an embedding that is not the head, which it reads in place."""
+    total = sum(p.numel() for p in causal_lm.parameters())
+    embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
+    return total if head is embedding else total - embedding.numel()
 
 
 def adapter_size(causal_lm: Any, targets: Targets, rank: int) -> int:
@@ -111,7 +128,8 @@ def require_fit(meta_model: Any, plan: Plan, *, name: str, free: int, total: int
     advice = fitting or "take a smaller model or a machine with more memory"
     raise PlanError(
         f"{name} needs {_size(need.total_bytes)} before activations ({need.parameters:,} parameters: weights "
-        f"{_size(need.weight_bytes)}, training {need.trainable:,} of them {_size(need.training_bytes)}), but "
+        f"{_size(need.weight_bytes)}, training {need.trainable:,} of them {_size(need.training_bytes)}"
+        f"{f', the native engine {_size(need.sampler_bytes)}' if need.sampler_bytes else ''}), but "
         f"{_size(max(room, 0))} of {_size(total)} are free; {advice}"
     )
 
@@ -119,9 +137,13 @@ def require_fit(meta_model: Any, plan: Plan, *, name: str, free: int, total: int
 def _cheaper(plan: Plan) -> list[tuple[str, Plan]]:
     """Changes of the settings that take less memory, the least change first."""
     options: list[tuple[str, Plan]] = []
+    if plan.packed_copy and not plan.nf4:
+        plan = replace(plan, packed_copy=False)
+        options.append(("rollout.engine = generic", plan))
     if plan.trainable and not plan.lora_rank:
         plan = replace(plan, lora_rank=SUGGESTED_RANK)
-        options.append((f"lora.rank = {plan.lora_rank}", plan))
+        text = " and ".join([*(t for t, _ in options[-1:]), f"lora.rank = {plan.lora_rank}"])
+        options.append((text, plan))
     if plan.dtype == torch.float32:
         plan = replace(plan, dtype=torch.bfloat16)
         text = " and ".join([*(t for t, _ in options[-1:]), "model.dtype = bfloat16"])

@@ -1,6 +1,6 @@
 """Routed experts as slices of one sorted tensor: one stable sort by expert, one matrix product per expert used.
 
-    hidden_TH --copy of each token per expert--> x_SH --gate_up--> h_SG --gate--> a_SI --down--> y_SH --weighted sum--> [T, H]
+    hidden_TH --a copy per expert--> x_SH --gate_up--> h_SG --gate--> a_SI --down--> y_SH --weighted sum--> [T, H]
 
 S slots: tokens x experts per token, sorted by expert, each expert's rows padded so that the shapes of products repeat;
 G is 2 I, E experts, k experts per token, R rank of an adapter. One autograd function: only h is kept for the backward,

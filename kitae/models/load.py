@@ -8,6 +8,7 @@ Code that comes with a model is not run unless model.trust_remote_code says so, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
 from kitae.models import estimate, files, quant, score, seams
 from kitae.models import lora as adapters
+from kitae.models.activations import activation_bytes
 from kitae.models.bars import bars_for
 from kitae.models.families import find_family
 from kitae.models.policy import Policy
@@ -70,13 +72,23 @@ def load_policy(
     trainable: bool = True,
     optimizer: str = "adamw",
     ranks: int = 1,
+    packed_types: Collection[str] = (),
 ) -> Policy:
     """Load a model with its seams, and with its adapter where it has one or `lora` asks for one.
 
-    `trainable` False freezes everything: for sampling, evaluation, or a reference. `optimizer` (optim.name) and the
-    number of ranks that share the work only matter to the memory estimate.
+    `trainable` False freezes everything: for sampling, evaluation, or a reference. `optimizer` (optim.name), the number
+    of ranks that share the work, and the model types whose weights a sampler on a CPU will hold a second time only matter
+    to the memory estimate.
     """
-    return load_as(Policy, model, lora=lora, trainable=trainable, optimizer=optimizer, ranks=ranks)
+    return load_as(
+        Policy,
+        model,
+        lora=lora,
+        trainable=trainable,
+        optimizer=optimizer,
+        ranks=ranks,
+        packed_types=packed_types,
+    )
 
 
 def load_as(
@@ -87,6 +99,7 @@ def load_as(
     trainable: bool = True,
     optimizer: str = "adamw",
     ranks: int = 1,
+    packed_types: Collection[str] = (),
 ) -> P:
     """What load_policy and load_critic have in common; `kind` says which transformers class holds the weights."""
     rank = lora.rank if lora is not None and trainable else 0
@@ -124,6 +137,7 @@ def load_as(
         trainable=trainable,
         optimizer=optimizer,
         ranks=ranks,
+        packed_copy=device.type == "cpu" and config.model_type in packed_types,
     )
     meta = None
     if not model.trust_remote_code:
@@ -135,6 +149,8 @@ def load_as(
         log.info(
             "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
         )
+        if trainable:
+            _tell_activations(config, dtype, recompute=model.gradient_checkpointing)
 
     causal_lm = _load_weights(
         model, found, config, weights, kind=kind, stored=stored, dtype=dtype, device=device, meta=meta
@@ -171,6 +187,21 @@ def load_as(
         for layer in policy.layers:
             layer.compile()
     return policy.train(trainable)
+
+
+def _tell_activations(config: Any, dtype: torch.dtype, *, recompute: bool) -> None:
+    """Log what a pass keeps for its backward, and what it would with the other choice."""
+    mib = [
+        activation_bytes(config, num_tokens=1024, element=dtype.itemsize, recompute=choice) / 2**20
+        for choice in (recompute, not recompute)
+    ]
+    log.info(
+        "activations: about %.1f MiB per 1,024 tokens of a forward pass (%.1f with model.gradient_checkpointing %s, "
+        "in about a third %s time)",
+        *mib,
+        str(not recompute).lower(),
+        "less" if recompute else "more",
+    )
 
 
 def _check_adapter(found: files.ModelFiles, wanted: LoraSettings | None) -> None:

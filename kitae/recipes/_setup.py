@@ -56,6 +56,7 @@ from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.background import BackgroundEngine
 from kitae.rollout.choose import open_engine
+from kitae.rollout.shapes import MODEL_TYPES
 from kitae.train.difficulty import Difficulty
 from kitae.train.learner import Learner
 from kitae.train.progress import Ticker, as_text
@@ -285,8 +286,10 @@ class Setup:
 
         `load` is called as load_policy, for a model of another kind.
         """
-        ranks = self.world.world_size
-        policy = load(self._model, lora=self.cfg.lora, optimizer=self.cfg.optim.name, ranks=ranks)
+        how: dict[str, Any] = {"optimizer": self.cfg.optim.name, "ranks": self.world.world_size}
+        if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") != "generic":
+            how["packed_types"] = MODEL_TYPES
+        policy = load(self._model, lora=self.cfg.lora, **how)
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)

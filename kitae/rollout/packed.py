@@ -142,13 +142,14 @@ class PackedModel:
         latent = structs.Latent()
 
         order = torch.cat((torch.arange(sizes.latent), sizes.latent + halves))
-        weight_NK, bias_N = (of(attention.kv_a_proj_with_mqa) for of in (merged_weight, bias_of))
-        weight_NK, bias_N = weight_NK[order], None if bias_N is None else bias_N[order]
+        weight_NK = merged_weight(attention.kv_a_proj_with_mqa)[order]
+        bias_N = bias_of(attention.kv_a_proj_with_mqa)
+        bias_N = None if bias_N is None else bias_N[order]
         if sizes.query_latent:
             padding = -sizes.query_latent % LANES
-            first_NK, first_N = (of(attention.q_a_proj) for of in (merged_weight, bias_of))
-            weight_NK = torch.cat((F.pad(first_NK, (0, 0, 0, padding)), weight_NK))
-            if bias_N is not None and first_N is not None:  # this family has both or none
+            weight_NK = torch.cat((F.pad(merged_weight(attention.q_a_proj), (0, 0, 0, padding)), weight_NK))
+            first_N = bias_of(attention.q_a_proj)
+            if bias_N is not None and first_N is not None:  # a model has both or none
                 bias_N = torch.cat((F.pad(first_N, (0, padding)), bias_N))
             latent.query_norm = self._norm(f"{name}.query_norm", attention.q_a_layernorm, multiple=LANES)
         latent.down = self._pack(f"{name}.down", [weight_NK], bias_N=bias_N)

@@ -84,7 +84,8 @@ def routed_layers(policy: Policy) -> list[Any]:
 
 def routing(policy: Policy) -> structs.Routing:
     """How the router of each layer chooses, read from the first one; all zero where there is none."""
-    layers = routed_layers(policy)
+    layers: list[Any] = routed_layers(policy)
+    config: Any = policy.config
     if not layers:
         return structs.Routing()
     gate = layers[0].gate
@@ -96,14 +97,11 @@ def routing(policy: Policy) -> structs.Routing:
         best_of_group=1,
         scale=getattr(gate, "routed_scaling_factor", 1.0),
     )
-    if policy.config.model_type != "deepseek_v2":  # whose module does not look at norm_topk_prob
+    if config.model_type != "deepseek_v2":  # whose module does not look at norm_topk_prob
         chosen.is_normalised = gate.norm_topk_prob
-    if policy.config.model_type == "deepseek_v3":
+    if config.model_type == "deepseek_v3":
         chosen.is_sigmoid, chosen.best_of_group = 1, 2
-    if (
-        policy.config.model_type == "deepseek_v3"
-        or getattr(gate, "topk_method", "") == "group_limited_greedy"
-    ):
+    if config.model_type == "deepseek_v3" or getattr(gate, "topk_method", "") == "group_limited_greedy":
         chosen.num_groups, chosen.num_open_groups = gate.num_group, gate.topk_group
     return chosen
 

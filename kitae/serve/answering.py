@@ -57,7 +57,9 @@ class Answering:
                 for piece in progress:
                     choices[piece.choice].add(piece)
         counts = self._count(choices)
-        return Response(to_json(self.frame.whole([c.whole() for c in choices], counts)), media_type="application/json")
+        return Response(
+            to_json(self.frame.whole([c.whole() for c in choices], counts)), media_type="application/json"
+        )
 
     async def stream(self, receive: Receive) -> AsyncIterator[bytes]:
         """The answer's events. What goes wrong on the way is the last of them."""
@@ -71,7 +73,9 @@ class Answering:
                     if chunks:
                         yield b"".join(map(self._chunk, chunks))
             if not self.ticket.num_choices:  # nothing was to be sampled
-                yield b"".join(self._chunk(choice.whole() | {"text": "", "logprobs": None}) for choice in choices)
+                yield b"".join(
+                    self._chunk(choice.whole() | {"text": "", "logprobs": None}) for choice in choices
+                )
         except ClientGone:
             return
         except Refusal as refusal:

@@ -131,7 +131,8 @@ class Service:
         def choices(_scores: Scores) -> list[ChatChoice]:
             how: dict[str, Any] = {"texts": self._texts, "stop_ids": self._stop_ids, "splits": splits}
             return [
-                ChatChoice(i, prefill=prefill, wants_logprobs=wants_logprobs, **how) for i in range(len(job.limits))
+                ChatChoice(i, prefill=prefill, wants_logprobs=wants_logprobs, **how)
+                for i in range(len(job.limits))
             ]
 
         frame = Frame(model=lane, kind="chat.completion")
@@ -167,7 +168,9 @@ class Service:
                 for number in range(each)
             ]
 
-        return await self._answer(request, asked, Frame(model=lane, kind="text_completion"), jobs, choices, begun)
+        return await self._answer(
+            request, asked, Frame(model=lane, kind="text_completion"), jobs, choices, begun
+        )
 
     # how it is done ----------------------------------------------------------------------------------------------
 
@@ -176,7 +179,10 @@ class Service:
         too_large = Refusal(f"the request is larger than {most:,} bytes", status=413)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise Refusal("send the body without Content-Encoding", status=415)
-        if not request.headers.get("content-length", "0").isdigit() or int(request.headers.get("content-length", 0)) > most:
+        if (
+            not request.headers.get("content-length", "0").isdigit()
+            or int(request.headers.get("content-length", 0)) > most
+        ):
             raise too_large
         parts: list[bytes] = []
         size = 0
@@ -188,7 +194,9 @@ class Service:
                         raise too_large
                     parts.append(part)
         except TimeoutError as error:
-            raise Refusal(f"the body did not come within {self.limits.body_timeout_s:g} s", status=408) from error
+            raise Refusal(
+                f"the body did not come within {self.limits.body_timeout_s:g} s", status=408
+            ) from error
         return b"".join(parts)
 
     def _find(self, name: str | None) -> str:
@@ -196,7 +204,12 @@ class Service:
             return next(iter(self.engine.lanes))
         if name not in self._lane_of:
             known = ", ".join(self.engine.lanes)
-            raise Refusal(f"there is no model {name!r}; there are: {known}", status=404, param="model", code="model_not_found")
+            raise Refusal(
+                f"there is no model {name!r}; there are: {known}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
         return self._lane_of[name]
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -232,7 +245,9 @@ class Service:
         if isinstance(prompt, str):
             self._check_characters(len(prompt), param="prompt")
             encode = self.template.tokenizer.encode
-            ids: list[int] = encode(prompt) if len(prompt) < INLINE_CHARACTERS else await asyncio.to_thread(encode, prompt)
+            ids: list[int] = (
+                encode(prompt) if len(prompt) < INLINE_CHARACTERS else await asyncio.to_thread(encode, prompt)
+            )
         else:
             ids = prompt
             wrong = next((i for i in ids if not 0 <= i < self.limits.vocabulary), None)
@@ -263,7 +278,8 @@ class Service:
     def _checked_limit(self, limit: int, prompt_tokens: int) -> int:
         if limit > self.limits.max_new_tokens:
             raise Refusal(
-                f"max_tokens is {limit:,}; this server allows {self.limits.max_new_tokens:,}", param="max_tokens"
+                f"max_tokens is {limit:,}; this server allows {self.limits.max_new_tokens:,}",
+                param="max_tokens",
             )
         if prompt_tokens + limit > self.limits.context:
             raise Refusal(
@@ -274,7 +290,9 @@ class Service:
             )
         return limit
 
-    def _job(self, asked: Asked, token_ids: list[int], *, limit: int, prefill: str = "", index: int = 0) -> Job:
+    def _job(
+        self, asked: Asked, token_ids: list[int], *, limit: int, prefill: str = "", index: int = 0
+    ) -> Job:
         num_top = asked.num_top_logprobs if isinstance(asked, ChatAsked) else getattr(asked, "logprobs", None)
         scores = isinstance(asked, CompletionAsked) and bool(asked.echo) and asked.logprobs is not None
         return Job(
@@ -310,9 +328,15 @@ class Service:
         if self.is_draining:
             raise Refusal("the server is ending", status=503)
         if count > most:
-            raise Refusal(f"the request asks for {count} completions at once; this server holds {most}", param="n")
+            raise Refusal(
+                f"the request asks for {count} completions at once; this server holds {most}", param="n"
+            )
         if self.engine.num_open + count > most:
-            raise Refusal(f"{self.engine.num_open} completions are under way or waiting; try again", status=429, retry_after_s=1)
+            raise Refusal(
+                f"{self.engine.num_open} completions are under way or waiting; try again",
+                status=429,
+                retry_after_s=1,
+            )
 
 
 class Guard:
@@ -350,7 +374,11 @@ class Guard:
             return
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(headers) != 1 or not self._gate.admits(headers[0]):
-            raise Refusal("this needs the server's token: Authorization: Bearer TOKEN", status=401, code="invalid_api_key")
+            raise Refusal(
+                "this needs the server's token: Authorization: Bearer TOKEN",
+                status=401,
+                code="invalid_api_key",
+            )
 
 
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
@@ -366,14 +394,18 @@ def make_app(service: Service, *, gate: Gate) -> ASGIApp:
         Route("/health", service.health),
         Route("/metrics", service.metrics_text),
     ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled, Exception: _failed})
+    app = Starlette(
+        routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled, Exception: _failed}
+    )
     app.router.redirect_slashes = False
     return Guard(app, gate=gate, service=service)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), error
-    reason = {404: "there is nothing at", 405: "this method is not allowed at"}.get(error.status_code, error.detail)
+    reason = {404: "there is nothing at", 405: "this method is not allowed at"}.get(
+        error.status_code, error.detail
+    )
     return _refuse(Refusal(f"{reason} {request.url.path}", status=error.status_code))
 
 

@@ -90,7 +90,9 @@ class ChatChoice:
         }
 
     def _said(self, text: str, logprobs: dict[str, Any] | None, *, is_last: bool) -> list[dict[str, Any]]:
-        reasoning, content = ("", text) if self._splitter is None else self._splitter.add(text, is_last=is_last)
+        reasoning, content = (
+            ("", text) if self._splitter is None else self._splitter.add(text, is_last=is_last)
+        )
         self._reasoning += reasoning
         self._content += content
         if not (reasoning or content or (logprobs and logprobs["content"])):
@@ -99,7 +101,11 @@ class ChatChoice:
         return [self._chunk(delta, logprobs=logprobs)]
 
     def _chunk(
-        self, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+        self,
+        delta: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
     ) -> dict[str, Any]:
         return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 

@@ -141,7 +141,9 @@ class EngineThread:
             try:
                 self.lanes[name].activate()
                 events = session.step(within_s=STEP_S)
-            except Exception as error:  # whatever it is: it must not end the other lanes, and its readers must hear of it
+            except (
+                Exception
+            ) as error:  # whatever it is: it must not end the other lanes, and its readers must hear of it
                 self._fail(name, error)
             else:
                 self._deliver(events)
@@ -216,7 +218,9 @@ class EngineThread:
         self._sessions[name] = self.lanes[name].open_session()
 
 
-def _by_loop(news: dict[Ticket, list[Progress]]) -> dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Progress]]]]:
+def _by_loop(
+    news: dict[Ticket, list[Progress]],
+) -> dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Progress]]]]:
     found: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, list[Progress]]]] = {}
     for ticket, progress in news.items():
         found.setdefault(ticket.loop, []).append((ticket, progress))
@@ -232,4 +236,3 @@ def _log_unless_users(error: Exception) -> None:
         log.warning("a request failed: %s", error)
     else:
         log.exception("a request failed", exc_info=error)
-

@@ -19,8 +19,6 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kitae.errors import PortError
-
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 1 << 16
@@ -85,7 +83,9 @@ class TimedProtocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which says when it is ready and ends politely."""
 
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         """`on_end` is called when it is asked to end, before the answers under way are waited for."""
         super().__init__(config)
         self._on_ready, self._on_end = on_ready, on_end
@@ -121,21 +121,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Bound before anything is loaded, so that no one takes it meanwhile."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        raise PortError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port, or 0 for a free one"
-        ) from error
-    return listener
-
-
 def make_server(
     app: ASGIApp,
     *,
@@ -157,10 +142,3 @@ def make_server(
         **options,
     )
     return Server(config, on_ready=on_ready, on_end=on_end)
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where it answers, without /v1."""
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"

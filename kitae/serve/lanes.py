@@ -62,11 +62,15 @@ def make_lanes(
 ) -> list[Lane]:
     """The base, which `engine` samples from, and its adapters, which need the policy itself: `generic` makes its engine."""
     if name in adapters:
-        raise ConfigError(f"--adapter {name}: the model itself has this name; choose another, or set --served_model_name")
+        raise ConfigError(
+            f"--adapter {name}: the model itself has this name; choose another, or set --served_model_name"
+        )
     if not adapters:
         return [Lane(name=name, policy=policy, open_session=engine.open_session)]
     if policy.peft is not None:
-        raise ConfigError("--adapter: the model is an adapter itself; serve its base, and name both as --adapter")
+        raise ConfigError(
+            "--adapter: the model is an adapter itself; serve its base, and name both as --adapter"
+        )
     engine.sync()  # an engine with weights of its own takes the base's before any adapter lies on it
     wrapper = _put_on(policy, adapters)
     plain = generic()
@@ -161,7 +165,9 @@ def score(policy: Policy, texts: Sequence[Sequence[int]], *, num_top: int) -> li
     return found
 
 
-def _score_pass(policy: Policy, texts: Sequence[Sequence[int]], num_top: int) -> list[list[TokenScore | None]]:
+def _score_pass(
+    policy: Policy, texts: Sequence[Sequence[int]], num_top: int
+) -> list[list[TokenScore | None]]:
     device = policy.device
     starts = [sum(map(len, texts[:i])) for i in range(len(texts))]
     packing = Packing(
@@ -180,6 +186,4 @@ def _score_pass(policy: Policy, texts: Sequence[Sequence[int]], num_top: int) ->
         top = logprobs_NV.topk(num_top)
         rows = zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
         scores += [TokenScore(value, dict(zip(ids, values, strict=True))) for value, ids, values in rows]
-    return [
-        [None, *scores[start : start + len(text) - 1]] for start, text in zip(starts, texts, strict=True)
-    ]
+    return [[None, *scores[start : start + len(text) - 1]] for start, text in zip(starts, texts, strict=True)]

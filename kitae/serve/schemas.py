@@ -69,7 +69,10 @@ class Asked(_Body):
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in found:
             if not 0 < len(text) <= MAX_STOP_CHARACTERS:
-                raise Refusal(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARACTERS} are allowed", param="stop")
+                raise Refusal(
+                    f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARACTERS} are allowed",
+                    param="stop",
+                )
         return found
 
     def sampling(self) -> dict[str, Any]:
@@ -173,7 +176,9 @@ def parse(kind: type[T], body: bytes) -> T:
         if b"\\ud" in body.lower():  # half a surrogate pair is legal JSON and no text
             json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise Refusal(f"the body holds half a surrogate pair, which is no Unicode text: {error.object[error.start]!r}") from error
+        raise Refusal(
+            f"the body holds half a surrogate pair, which is no Unicode text: {error.object[error.start]!r}"
+        ) from error
     except UnicodeDecodeError as error:
         raise Refusal(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -199,7 +204,9 @@ def _drop_what_asks_nothing(given: dict[str, Any]) -> None:
         if isinstance(value, bool) and name != "store":
             raise Refusal(f"{name} cannot be {value}", param=name)
         if value not in ASKS_NOTHING[name]:
-            raise Refusal(f"{name} is not offered by this server; {INSTEAD.get(name, 'leave it out')}", param=name)
+            raise Refusal(
+                f"{name} is not offered by this server; {INSTEAD.get(name, 'leave it out')}", param=name
+            )
     turns = given.get("messages")
     for turn in turns if isinstance(turns, list) else []:
         for name in ABSENT_IN_TURNS:

@@ -18,6 +18,7 @@ import torch
 from kitae import backends
 from kitae.data.collate import collate
 from kitae.errors import PlanError
+from kitae.models.activations import activation_bytes
 from kitae.parallel.world import World
 from kitae.types import Batch
 
@@ -97,7 +98,12 @@ class Passes:
                 "(train.per_device_train_batch_size, rollout.rows_per_forward)"
             ) from error
         if _num_units(batch) < 2:
-            needed = activation_bytes(self.policy, num_tokens=batch.packing.num_tokens)
+            needed = activation_bytes(
+                self.policy.config,
+                num_tokens=batch.packing.num_tokens,
+                element=self.policy.dtype.itemsize,
+                recompute=self.policy.causal_lm.is_activation_checkpointing,
+            )
             free, _ = backends.of(self.policy.device).memory(self.policy.device)
             raise PlanError(
                 f"out of memory in a forward pass of {_size(batch)}, which cannot be cut further ({reason}). Its "
@@ -105,13 +111,6 @@ class Passes:
                 "data.max_length or rollout.max_new_tokens, set model.gradient_checkpointing = true, or train "
                 "fewer weights (lora.rank)"
             ) from error
-
-
-def activation_bytes(policy: Policy, *, num_tokens: int) -> float:
-    """About what a pass over num_tokens keeps for its backward: arXiv:2205.05198, eq. 2 without attention scores."""
-    config = policy.causal_lm.config.get_text_config()
-    bytes_in_16_bits: float = 34.0 * num_tokens * config.hidden_size * config.num_hidden_layers
-    return bytes_in_16_bits * policy.dtype.itemsize / 2
 
 
 def split_batch(batch: Batch) -> list[Batch]:

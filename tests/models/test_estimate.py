@@ -9,6 +9,7 @@ from kitae.config import LoraSettings
 from kitae.errors import PlanError
 from kitae.models.estimate import Plan, build_on_meta, estimate, require_fit
 from kitae.models.toy import make_config
+from kitae.rollout.packed import PackedModel
 
 
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
@@ -38,6 +39,21 @@ def test_ranks_share_what_training_takes_and_optimizers_differ():
     assert bytes_of(ranks=4) == (4 * n, 12 * n // 4)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_native_engines_copy_counts_what_it_packs(family, policy_of):
+    policy = policy_of(family)
+    packed = PackedModel(policy)
+    packed.take(policy)
+    held = sum(t.nbytes for t in packed._tensors.values() if t.dtype == policy.dtype)
+    meta = build_on_meta(make_config(family, vocab_size=policy.config.vocab_size))
+    found = estimate(meta, Plan(dtype=torch.float32, packed_copy=True))
+    assert found.sampler_bytes == pytest.approx(held, rel=0.2)  # blocks of 64 columns are padded
+    assert found.total_bytes == found.weight_bytes + found.training_bytes + found.sampler_bytes
+    assert (
+        estimate(meta, Plan(dtype=torch.float32, packed_copy=True, nf4=True, lora_rank=2)).sampler_bytes == 0
+    )
+
+
 def advice(free: int, **plan) -> str:
     meta = build_on_meta(make_config("qwen3", vocab_size=112, hidden_size=512, intermediate_size=1024))
     with pytest.raises(PlanError) as error:
@@ -53,4 +69,6 @@ def test_the_cheapest_change_that_fits_is_named():
     assert advice(8_000_000, **full) == nf4
     frozen = {"dtype": torch.bfloat16, "trainable": False}
     assert advice(7_000_000, **frozen) == "model.quantization = nf4 needs 1.8 MiB"
+    sampled = {"dtype": torch.bfloat16, "trainable": False, "packed_copy": True}
+    assert advice(11_000_000, **sampled) == "rollout.engine = generic needs 10.1 MiB"
     assert advice(1_000, **full) == "take a smaller model or a machine with more memory"

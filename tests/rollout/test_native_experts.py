@@ -307,7 +307,9 @@ def test_broken_weights_stop_the_run(root: Path, kernels: ctypes.CDLL, part: str
             if name.endswith(part):
                 parameter.fill_(torch.nan)
     with pytest.raises(NonFiniteError, match="not finite after 3 tokens"):
-        engine_of(policy, kernels).generate(problems_of([3]), n=2, sampling=SamplingSettings(), seed=0)
+        engine_of(policy, kernels).generate(
+            problems_of([3]), n=2, sampling=SamplingSettings(max_new_tokens=9), seed=0
+        )
 
 
 @pytest.mark.parametrize(

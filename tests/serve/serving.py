@@ -20,9 +20,12 @@ KEY = "a-token-of-the-tests"
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, model, *, adapters=None, protocol=None, grace_s=1, reasoning_format="inline", **limits):
+    def __init__(
+        self, model, *, adapters=None, protocol=None, grace_s=1, reasoning_format="inline", **limits
+    ):
         from kitae.cli._open import UseSettings, open_model
         from kitae.rollout.generic import GenericEngine
+        from kitae.serve import address
         from kitae.serve import http as server
         from kitae.serve.access import Gate
         from kitae.serve.app import Limits, Service, make_app
@@ -40,7 +43,13 @@ class Running:
             generic=lambda: GenericEngine(opened.policy, **how),
         )
         self.engine = EngineThread(lanes)
-        given = {"context": 4096, "max_new_tokens": 4000, "max_rows": 8, "max_queue": 64, "max_request_bytes": 1 << 20}
+        given = {
+            "context": 4096,
+            "max_new_tokens": 4000,
+            "max_rows": 8,
+            "max_queue": 64,
+            "max_request_bytes": 1 << 20,
+        }
         self.service = Service(
             self.engine,
             template=opened.template,
@@ -48,8 +57,8 @@ class Running:
             limits=Limits(vocabulary=opened.policy.config.vocab_size, **given | limits),
             reasoning_format=reasoning_format,
         )
-        listener = server.bind("127.0.0.1", 0)
-        self.url = server.url_of(listener)
+        listener = address.bind("127.0.0.1", 0)
+        self.url = address.url_of(listener)
         ready = threading.Event()
         self.server = server.make_server(
             make_app(self.service, gate=Gate(KEY)),

@@ -42,7 +42,9 @@ def test_adapters_are_chosen_by_name_and_do_not_touch_each_other(family, tiny, t
     for name, path in served.items():
         server = Running(path)
         try:
-            alone[name] = server.client().chat.completions.create(model="tiny", **ASK).choices[0].message.content
+            alone[name] = (
+                server.client().chat.completions.create(model="tiny", **ASK).choices[0].message.content
+            )
         finally:
             server.close()
     assert len(set(alone.values())) == 3
@@ -54,7 +56,9 @@ def test_adapters_are_chosen_by_name_and_do_not_touch_each_other(family, tiny, t
         async def together():
             async with server.aclient() as client:
                 names = list(alone) * 3
-                answers = await asyncio.gather(*(client.chat.completions.create(model=n, **ASK) for n in names))
+                answers = await asyncio.gather(
+                    *(client.chat.completions.create(model=n, **ASK) for n in names)
+                )
                 return [(n, a.choices[0].message.content) for n, a in zip(names, answers, strict=True)]
 
         for name, said in asyncio.run(together()):

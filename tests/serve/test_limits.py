@@ -20,7 +20,9 @@ def test_every_path_but_health_needs_the_token(running, key):
     for method, path in [("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("POST", CHAT), ("POST", TEXT),
                          ("GET", "/metrics"), ("GET", "/nothing"), ("GET", f"/v1/models?key={KEY}")]:  # fmt: skip
         line = b"" if header is None else b"Authorization: " + header + b"\r\n"
-        status = raw(running, f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n".encode() + line + b"\r\n")
+        status = raw(
+            running, f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n".encode() + line + b"\r\n"
+        )
         assert status == 401, (method, path, status)
     assert running.ask("GET", "/health", key=None)[0] == 200
 
@@ -50,7 +52,26 @@ def test_a_broken_body_is_refused_and_says_why(running, body, said):
     assert status == 400 and said in error["message"], error
 
 
-VALUES = [float("inf"), -1, -1e-9, 0, 1.5, 3, 2**63, 1e308, "1", "", [], {}, True, [""], ["x"] * 17, ["x" * 257], [1], "x" * 300]
+VALUES = [
+    float("inf"),
+    -1,
+    -1e-9,
+    0,
+    1.5,
+    3,
+    2**63,
+    1e308,
+    "1",
+    "",
+    [],
+    {},
+    True,
+    [""],
+    ["x"] * 17,
+    ["x" * 257],
+    [1],
+    "x" * 300,
+]
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "n", "seed", "stop",
           "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "messages", "model",
           "chat_template_kwargs", "reasoning_format", "logit_bias", "tools", "frequency_penalty", "response_format")  # fmt: skip
@@ -65,8 +86,15 @@ def test_no_value_of_any_field_brings_the_server_down(running, client):
             status, _, content = running.ask("POST", CHAT, text.encode())
             assert status in (200, 400, 404), (field, value, status, content)
             if status != 200:
-                assert field.split("_")[0] in content.decode() or "max_tokens" in content.decode(), (field, value, content)
-    assert client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).usage.completion_tokens <= 2
+                assert field.split("_")[0] in content.decode() or "max_tokens" in content.decode(), (
+                    field,
+                    value,
+                    content,
+                )
+    assert (
+        client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=2).usage.completion_tokens
+        <= 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,12 +102,28 @@ def test_no_value_of_any_field_brings_the_server_down(running, client):
     [
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not offered by this server; use repetition_penalty"),
+        (
+            {"frequency_penalty": 0.5},
+            "frequency_penalty",
+            "not offered by this server; use repetition_penalty",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format", "not offered by this server"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content[0].type", "text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "text",
+        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "input should be"),
-        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", "unknown field"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "has no switch for thinking"),
+        (
+            {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            "chat_template_kwargs.chat_template",
+            "unknown field",
+        ),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs",
+            "has no switch for thinking",
+        ),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"n": 9}, "n", "less than or equal to 8"),
         ({"stop": ["a", ""]}, "stop", "0 characters"),
@@ -107,7 +151,13 @@ def test_a_prompt_beyond_the_context_is_refused_before_it_is_tokenised(running):
     assert (status, error["code"]) == (400, "context_length_exceeded")
     status, error = running.refused(TEXT, {"prompt": [5] * 4000, "max_tokens": 97})
     assert "4,000 tokens and max_tokens is 97" in error["message"]
-    for prompt, said in [([], "prompt"), ("", "no tokens"), ([-1], "token id -1"), ([10**6], "token id 1000000"), ([[]], "no tok")]:
+    for prompt, said in [
+        ([], "prompt"),
+        ("", "no tokens"),
+        ([-1], "token id -1"),
+        ([10**6], "token id 1000000"),
+        ([[]], "no tok"),
+    ]:
         status, error = running.refused(TEXT, {"prompt": prompt})
         assert status == 400 and said in error["message"], error
 
@@ -154,7 +204,16 @@ def test_slow_heads_and_bodies_and_readers_lose_their_connection(thinker):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 50\r\n\r\n"
         assert raw(server, head.encode() + b"{") == 408
         # A reader that takes nothing: its rows are free again once its buffers are full.
-        body = json.dumps({"messages": HELLO, "stream": True, "n": 8, "max_tokens": 3900, "logprobs": True, "top_logprobs": 20})
+        body = json.dumps(
+            {
+                "messages": HELLO,
+                "stream": True,
+                "n": 8,
+                "max_tokens": 3900,
+                "logprobs": True,
+                "top_logprobs": 20,
+            }
+        )
         reader = socket.socket()
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect((host, int(port)))
@@ -241,7 +300,9 @@ def test_an_engine_that_fails_on_a_request_goes_on_with_the_next(running, client
     assert status == 500 and "not finite" in error["message"]
     _, _, content = running.ask("POST", CHAT, {**ask, "max_tokens": 50, "stream": True})
     *_, last, done = content.decode().strip().split("\n\n")
-    assert "not finite" in json.loads(last.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]"
+    assert (
+        "not finite" in json.loads(last.removeprefix("data: "))["error"]["message"] and done == "data: [DONE]"
+    )
     monkeypatch.undo()
     assert client.chat.completions.create(**ask, max_tokens=10).usage.completion_tokens == 10
     assert running.engine.num_open == 0
@@ -250,7 +311,9 @@ def test_an_engine_that_fails_on_a_request_goes_on_with_the_next(running, client
 def test_metrics_count_requests_and_tokens(running, client):
     def number(name):
         _, _, content = running.ask("GET", "/metrics")
-        return next(float(line.split()[-1]) for line in content.decode().splitlines() if line.startswith(name))
+        return next(
+            float(line.split()[-1]) for line in content.decode().splitlines() if line.startswith(name)
+        )
 
     requests = 'kitae_requests_total{path="/v1/chat/completions",status="200"}'
     before = number(requests), number("kitae_completion_tokens_total")

@@ -7,6 +7,7 @@ import pytest
 from serving import KEY
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'kitae[parity]'")
+pytest.importorskip("lm_eval.tasks")
 
 CHOICE_TASK = """
 task: sums_choice
@@ -36,7 +37,10 @@ metric_list: [{{metric: exact_match}}]
 def tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [{"question": f"{i}+{i}=", "choices": [f" {2 * i}", f" {i}", " 7"], "label": 0, "answer": "4"} for i in range(6)]
+    rows = [
+        {"question": f"{i}+{i}=", "choices": [f" {2 * i}", f" {i}", " 7"], "label": 0, "answer": "4"}
+        for i in range(6)
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in {"choice": CHOICE_TASK, "answer": ANSWER_TASK}.items():
@@ -45,7 +49,9 @@ def tasks(tmp_path, monkeypatch):
 
 
 def evaluate(tasks, name, **kwargs):
-    return lm_eval.simple_evaluate(tasks=[name], task_manager=tasks, log_samples=True, bootstrap_iters=0, **kwargs)
+    return lm_eval.simple_evaluate(
+        tasks=[name], task_manager=tasks, log_samples=True, bootstrap_iters=0, **kwargs
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -59,7 +65,12 @@ def test_log_likelihoods_are_those_of_its_own_model(running, thinker, tasks, bat
         "max_length": 512,
     }
     served = evaluate(tasks, "sums_choice", model="local-completions", model_args=args)
-    own = evaluate(tasks, "sums_choice", model="hf", model_args={"pretrained": str(thinker), "dtype": "float32", "device": "cpu"})
+    own = evaluate(
+        tasks,
+        "sums_choice",
+        model="hf",
+        model_args={"pretrained": str(thinker), "dtype": "float32", "device": "cpu"},
+    )
 
     def scores(found):
         samples = sorted(found["samples"]["sums_choice"], key=lambda sample: sample["doc_id"])
@@ -73,10 +84,15 @@ def test_log_likelihoods_are_those_of_its_own_model(running, thinker, tasks, bat
 
 def test_chat_completions_answer_its_questions(running, tasks):
     args = {"model": "tiny", "base_url": f"{running.url}/v1/chat/completions", "num_concurrent": 2}
-    found = evaluate(tasks, "sums_answer", model="local-chat-completions", model_args=args, apply_chat_template=True)
+    found = evaluate(
+        tasks, "sums_answer", model="local-chat-completions", model_args=args, apply_chat_template=True
+    )
     answers = {sample["doc_id"]: sample["resps"][0][0] for sample in found["samples"]["sums_answer"]}
     ask = {"model": "tiny", "max_tokens": 8, "temperature": 0, "seed": 1234, "stop": ["\n"]}
     for number, answer in answers.items():
         messages = [{"role": "user", "content": f"{number}+{number}="}]
-        assert answer == running.client().chat.completions.create(**ask, messages=messages).choices[0].message.content
+        assert (
+            answer
+            == running.client().chat.completions.create(**ask, messages=messages).choices[0].message.content
+        )
     assert len(answers) == 6 and os.environ["OPENAI_API_KEY"] == KEY

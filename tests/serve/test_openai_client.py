@@ -41,11 +41,16 @@ def test_a_chat_says_what_the_engine_says_with_the_prefilled_tag_in_front(runnin
 def test_a_stream_adds_up_to_the_whole_and_every_chunk_has_one_choice_with_text(client):
     whole = client.chat.completions.create(**ASK).choices[0]
     chunks = list(client.chat.completions.create(**ASK, stream=True))
-    assert all(len(chunk.choices) == 1 and isinstance(chunk.choices[0].delta.content, str) for chunk in chunks)
+    assert all(
+        len(chunk.choices) == 1 and isinstance(chunk.choices[0].delta.content, str) for chunk in chunks
+    )
     assert all(chunk.usage is None for chunk in chunks)
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == whole.message.content
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
-    assert chunks[-1].choices[0].finish_reason == whole.finish_reason and chunks[-1].choices[0].delta.content == ""
+    assert (
+        chunks[-1].choices[0].finish_reason == whole.finish_reason
+        and chunks[-1].choices[0].delta.content == ""
+    )
     assert len({chunk.id for chunk in chunks}) == 1
 
 
@@ -64,7 +69,8 @@ def test_n_gives_different_completions_that_a_seed_repeats(client):
         parts[chunk.choices[0].index] += chunk.choices[0].delta.content
     assert parts == texts[0]
     unseeded = [
-        client.chat.completions.create(**{**ask, "n": 1, "seed": None}).choices[0].message.content for _ in range(2)
+        client.chat.completions.create(**{**ask, "n": 1, "seed": None}).choices[0].message.content
+        for _ in range(2)
     ]
     assert unseeded[0] != unseeded[1]
 
@@ -117,7 +123,10 @@ def test_the_sampling_fields_of_a_request_are_used(running, client):
     extra = {"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
     answer = client.chat.completions.create(**ASK, temperature=0.9, top_p=0.8, extra_body=extra)
     own = {"temperature": 0.9, "top_p": 0.8, **extra}
-    assert answer.choices[0].message.content == solo(running, ASK["messages"], seed=3, max_new_tokens=12, **own).text
+    assert (
+        answer.choices[0].message.content
+        == solo(running, ASK["messages"], seed=3, max_new_tokens=12, **own).text
+    )
 
 
 def test_a_text_completion_goes_on_from_text_and_from_token_ids(running, client):
@@ -147,7 +156,9 @@ def test_the_asynchronous_client_gets_what_each_would_get_alone(running, client)
 
     texts, streamed = asyncio.run(together())
     alone = [
-        client.chat.completions.create(**{**ASK, "seed": seed, "max_tokens": 4 + seed}).choices[0].message.content
+        client.chat.completions.create(**{**ASK, "seed": seed, "max_tokens": 4 + seed})
+        .choices[0]
+        .message.content
         for seed in range(12)
     ]
     assert texts == alone
@@ -160,7 +171,9 @@ def test_errors_are_exceptions_of_the_client(running, client):
     with pytest.raises(openai.NotFoundError, match="there is no model 'other'; there are: tiny"):
         client.chat.completions.create(**{**ASK, "model": "other"})
     with pytest.raises(openai.BadRequestError) as raised:
-        client.chat.completions.create(**{**ASK, "max_tokens": 4000, "messages": [{"role": "user", "content": "x" * 500}]})
+        client.chat.completions.create(
+            **{**ASK, "max_tokens": 4000, "messages": [{"role": "user", "content": "x" * 500}]}
+        )
     assert raised.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         running.client().with_options(api_key="wrong").models.list()

@@ -27,7 +27,12 @@ def by_the_model(plain, ids):
 
 def test_echoed_prompts_have_the_model_s_log_probabilities(running, plain):
     encode = running.opened.template.tokenizer.encode
-    prompts = [encode("the sum of 2 and 2 is 4"), encode("x"), encode("1+1=2, 2+2=4, 3+3=6"), encode("<|im_end|>a<think>")]
+    prompts = [
+        encode("the sum of 2 and 2 is 4"),
+        encode("x"),
+        encode("1+1=2, 2+2=4, 3+3=6"),
+        encode("<|im_end|>a<think>"),
+    ]
     answer = running.ask("POST", TEXT, {**GIVEN, "prompt": prompts})
     choices = json.loads(answer[2])["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
@@ -42,8 +47,12 @@ def test_echoed_prompts_have_the_model_s_log_probabilities(running, plain):
             assert is_greedy == (greedy[place] == ids[place + 1])
         assert found["tokens"][-1] == running.opened.template.tokenizer.decode([greedy[-1]])
     # Token ids and text are the same prompt, alone or among others.
-    one = json.loads(running.ask("POST", TEXT, {**GIVEN, "prompt": "the sum of 2 and 2 is 4"})[2])["choices"][0]
-    assert one["logprobs"]["token_logprobs"][1:] == pytest.approx(choices[0]["logprobs"]["token_logprobs"][1:], abs=1e-6)
+    one = json.loads(running.ask("POST", TEXT, {**GIVEN, "prompt": "the sum of 2 and 2 is 4"})[2])["choices"][
+        0
+    ]
+    assert one["logprobs"]["token_logprobs"][1:] == pytest.approx(
+        choices[0]["logprobs"]["token_logprobs"][1:], abs=1e-6
+    )
     assert one["text"].startswith("the sum of 2 and 2 is 4")
 
 

@@ -7,7 +7,13 @@ from serving import Running
 
 from kitae.serve.thinking import Splitter
 
-ASK = {"model": "tiny", "messages": [{"role": "user", "content": "2+2"}], "max_tokens": 300, "seed": 1, "temperature": 1}
+ASK = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "2+2"}],
+    "max_tokens": 300,
+    "seed": 1,
+    "temperature": 1,
+}
 
 
 def split(*pieces):
@@ -41,12 +47,16 @@ def test_thinking_is_split_off_however_the_text_is_cut(text, reasoning, content)
 def test_a_request_chooses_where_the_thinking_goes(running):
     client = running.client()
     answers = (client.chat.completions.create(**{**ASK, "seed": seed}) for seed in range(50))
-    seed, inline = next((i, a.choices[0].message) for i, a in enumerate(answers) if "</think>" in a.choices[0].message.content)
+    seed, inline = next(
+        (i, a.choices[0].message) for i, a in enumerate(answers) if "</think>" in a.choices[0].message.content
+    )
     ask = {**ASK, "seed": seed}
     assert inline.content.startswith("<think>\n") and not hasattr(inline, "reasoning_content")
     apart = client.chat.completions.create(**ask, extra_body={"reasoning_format": "split"}).choices[0].message
     assert (apart.reasoning_content or "", apart.content) == split(inline.content)
-    chunks = list(client.chat.completions.create(**ask, stream=True, extra_body={"reasoning_format": "split"}))
+    chunks = list(
+        client.chat.completions.create(**ask, stream=True, extra_body={"reasoning_format": "split"})
+    )
     thought = "".join(getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks)
     assert thought == apart.reasoning_content
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == apart.content
@@ -73,7 +83,9 @@ def test_a_template_with_a_switch_thinks_or_does_not(tmp_path):
         client = server.client()
 
         def said(**kwargs):
-            return client.chat.completions.create(**ASK, extra_body={"chat_template_kwargs": kwargs} if kwargs else None)
+            return client.chat.completions.create(
+                **ASK, extra_body={"chat_template_kwargs": kwargs} if kwargs else None
+            )
 
         default, on, off = said(), said(thinking=True), said(enable_thinking=False)
         assert default.choices[0].message.content == on.choices[0].message.content
@@ -82,7 +94,10 @@ def test_a_template_with_a_switch_thinks_or_does_not(tmp_path):
         assert off.usage.prompt_tokens == on.usage.prompt_tokens + 4
         status, error = server.refused(
             "/v1/chat/completions",
-            {"messages": ASK["messages"], "chat_template_kwargs": {"thinking": True, "enable_thinking": False}},
+            {
+                "messages": ASK["messages"],
+                "chat_template_kwargs": {"thinking": True, "enable_thinking": False},
+            },
         )
         assert status == 400 and "contradict" in error["message"]
     finally:
