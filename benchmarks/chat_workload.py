@@ -36,6 +36,8 @@ SIZES: dict[str, dict[str, Any]] = {
            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "30m": {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 8,
             "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+    "110m": {"vocab_size": 32768, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+             "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64},
     "42m-150k": {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "13m-moe": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
@@ -46,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
 }  # fmt: skip
-"""Qwen3-like models with tied embeddings, the third with the vocabulary of Qwen's models; one like DeepSeek-V3 (latent
+"""Qwen3-like models with tied embeddings, one of them with the vocabulary of Qwen's models; one like DeepSeek-V3 (latent
 attention, 16 experts of which 4 are used, embeddings not tied); and one for trying a benchmark out."""
 
 
@@ -61,14 +63,17 @@ def words(count: int) -> list[str]:
     return made
 
 
-def rows(count: int, *, vocabulary: list[str], seed: int) -> list[dict[str, Any]]:
-    """Conversations of two turns with ragged lengths and a few frequent words among many rare ones."""
+def rows(count: int, *, vocabulary: list[str], seed: int, length: int | None = None) -> list[dict[str, Any]]:
+    """Conversations of two turns with ragged lengths and a few frequent words among many rare ones.
+
+    With `length` all have that many tokens.
+    """
     draw = random.Random(seed)
     frequency = [1.0 / (rank + 10) for rank in range(len(vocabulary))]
     made = []
     for _ in range(count):
-        length = round(draw.lognormvariate(0.0, SIGMA) * MEDIAN)
-        spoken = min(max(length, SHORTEST), LONGEST) - OVERHEAD
+        drawn = round(draw.lognormvariate(0.0, SIGMA) * MEDIAN)
+        spoken = (length or min(max(drawn, SHORTEST), LONGEST)) - OVERHEAD
         text = draw.choices(vocabulary, frequency, k=spoken)
         cut = max(1, round(spoken * PROMPT_SHARE))
         made.append(
@@ -99,10 +104,18 @@ def questions(count: int, *, vocabulary: list[str], seed: int) -> list[dict[str,
     return [{"prompt": [{"role": "user", "content": text}], "answer": "none"} for text in texts]
 
 
-def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, Any]:
+def make(
+    folder: Path,
+    *,
+    size: str,
+    num_rows: int,
+    seed: int = 0,
+    length: int | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
     """Write folder/model, as Hugging Face has them, and rows.jsonl, pairs.jsonl and questions.jsonl; return what they are.
 
-    folder/sampler is the same model, changed to end its completions (`ending`).
+    folder/sampler is the same model, changed to end its completions (`ending`). `vocab_size` takes the size's place.
     """
     import torch
     from tokenizers import AddedToken, Tokenizer
@@ -112,7 +125,7 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
 
     from kitae.backends.cpu import CpuBackend
 
-    sizes = SIZES[size]
+    sizes = SIZES[size] | ({} if vocab_size is None else {"vocab_size": vocab_size})
     vocabulary = words(sizes["vocab_size"] - len(CONTROL) - len(ROLES) - 1)
     names = [*CONTROL, *ROLES, "<unk>", *vocabulary]
     core = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
@@ -140,7 +153,7 @@ def make(folder: Path, *, size: str, num_rows: int, seed: int = 0) -> dict[str, 
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     parameters = sum(p.numel() for p in model.parameters())
-    made = rows(num_rows, vocabulary=vocabulary, seed=seed)
+    made = rows(num_rows, vocabulary=vocabulary, seed=seed, length=length)
     write(folder / "rows.jsonl", made)
     write(folder / "pairs.jsonl", pairs(made, vocabulary=vocabulary, seed=seed))
     write(folder / "questions.jsonl", questions(num_rows, vocabulary=vocabulary, seed=seed))
@@ -189,9 +202,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--length", type=int, help="tokens of every row; default: ragged")
+    parser.add_argument("--vocab-size", type=int, help="instead of the size's own")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(make(options.folder, size=options.size, num_rows=options.rows)))
+    made = make(
+        options.folder,
+        size=options.size,
+        num_rows=options.rows,
+        length=options.length,
+        vocab_size=options.vocab_size,
+    )
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

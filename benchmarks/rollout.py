@@ -1,10 +1,11 @@
-"""kitae's engines against transformers' generate on one sampling round: `python benchmarks/rollout.py`.
+"""kitae's engines against other samplers on one sampling round: `python benchmarks/rollout.py`.
 
 The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn once from a log-normal distribution
 (median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights, or with
 `--size 80m-moe` a DeepSeek-V3-like one: latent attention, 16 experts of which 4 compute. They run in
 turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the native engine's
-ratio to each, and peak memory. `--prompts 1 --group 1` is a single stream. See docs/benchmarks.md.
+ratio to each, and peak memory. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
+for this machine (llama_cpp.py). See docs/benchmarks.md; stream.py measures a single completion.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ import time
 from pathlib import Path
 
 import harness
+import llama_cpp
 from harness import Contender, Measurement
 
 DTYPES = ("float32", "bfloat16")
-ENGINES = ("native", "generic", "generate")
-TARGET = 10.5
-"""What the native engine's tokens per second are to be as a multiple of generate's."""
+ENGINES = ("native", "generic", "generate", "continuous", "llama.cpp")
+TARGETS: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    "float32": {"generate": (10.5, None), "continuous": (12.0, None), "llama.cpp": (3.0, None)},
+    "bfloat16": {"generate": (10.5, None), "continuous": (12.0, None), "llama.cpp": (4.0, None)},
+}
+"""What the native engine's tokens per second are to be as a multiple of a peer's."""
+LLAMA_SLOTS = 64
+"""Completions that llama.cpp's server samples at a time: its best on the machine this was first measured on."""
 GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
 """Rows per call of generate: its best on the machine this was first measured on."""
 SIZES = {
@@ -124,16 +131,82 @@ def run_generate(
     return time.perf_counter() - start
 
 
-def make_model(folder: Path, size: str) -> None:
+def run_continuous(folder: Path, prompts: list[list[int]], lengths: list[list[int]], *, dtype: str) -> float:
+    """transformers' continuous batching, which sizes its cache by what it is told of the requests."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.utils import WorkloadHints
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
+    requests = [(prompt, length) for prompt, group in zip(prompts, lengths, strict=True) for length in group]
+    longest = max(length for _, length in requests)
+    config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest)
+    config.pad_token_id, config.eos_token_id = 0, -1
+    hints = WorkloadHints(
+        max_prompt_length=max(map(len, prompts)),
+        max_generated_length=longest,
+        num_requests=len(requests),
+    )
+    with model.continuous_batching_context_manager(
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(seed=0),
+        workload_hints=hints,
+    ) as manager:
+        start = time.perf_counter()
+        for number, (prompt, length) in enumerate(requests):
+            manager.add_request(prompt, request_id=str(number), max_new_tokens=length, eos_token_id=-1)
+        sampled: dict[str, int] = {}
+        while len(sampled) < len(requests):
+            answer = manager.get_result(timeout=1)
+            if answer is not None and answer.is_finished():
+                sampled[answer.request_id] = len(answer.generated_tokens)
+            assert answer is not None or manager.is_running(), "continuous batching stopped early"
+        seconds = time.perf_counter() - start
+    assert [sampled[str(i)] for i in range(len(requests))] == [length for _, length in requests]
+    return seconds
+
+
+def run_llama(
+    args: argparse.Namespace, prompts: list[list[int]], lengths: list[list[int]]
+) -> tuple[float, float]:
+    """Seconds of the round and peak memory of the server in MiB."""
+    context = max(map(len, prompts)) + max(map(max, lengths)) + 1
+    slots = min(LLAMA_SLOTS, sum(map(len, lengths)))
+    model = gguf_of(args.model, dtype=args.dtype)
+    with llama_cpp.Server(
+        llama_cpp.build(), model, slots=slots, context=context, threads=args.threads
+    ) as server:
+        server.complete(prompts[0], length=2, seed=0)
+        seconds = server.complete_all(prompts, lengths)
+        return seconds, server.peak_rss_mib()
+
+
+def gguf_of(model: Path, *, dtype: str) -> Path:
+    """Where make_model left the model for llama.cpp."""
+    return model / f"{dtype}.gguf"
+
+
+def make_model(folder: Path, size: str) -> None:
+    """A model with random weights, and a tokenizer that has its vocabulary's size, as llama.cpp wants one."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from kitae.models.toy import make_config
 
     torch.manual_seed(0)
-    sizes = dict(SIZES[size])
-    config = make_config(sizes.pop("family"), eos_token_id=None, pad_token_id=None, **sizes)
+    config = make_config(eos_token_id=None, pad_token_id=None, **SIZES[size])
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    names = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"word{number}" for number in range(config.vocab_size - len(names))]
+    core = Tokenizer(BPE({name: i for i, name in enumerate(names)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.save_pretrained(folder)
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -142,17 +215,26 @@ def worker(args: argparse.Namespace) -> None:
 
     if args.worker == "model":
         make_model(args.model, args.size)
+        if args.gguf:
+            llama_cpp.build()
+            for dtype in args.gguf:
+                llama_cpp.export(args.model, gguf_of(args.model, dtype=dtype), dtype=dtype)
         print(json.dumps({"model": str(args.model)}))
         return
     torch.set_num_threads(args.threads)
     prompts, lengths = round_of(args)
-    if args.worker != "generate":
+    also = {}
+    if args.worker == "llama.cpp":
+        seconds, also["peak_rss_mib"] = run_llama(args, prompts, lengths)
+    elif args.worker == "continuous":
+        seconds = run_continuous(args.model, prompts, lengths, dtype=args.dtype)
+    elif args.worker != "generate":
         seconds = run_kitae(args.model, prompts, lengths, dtype=args.dtype, engine=args.worker)
     else:
         seconds = run_generate(
             args.model, prompts, lengths, dtype=args.dtype, batch=GENERATE_BATCH[args.dtype]
         )
-    print(json.dumps({"seconds": seconds, "tokens_per_s": sum(map(sum, lengths)) / seconds}))
+    print(json.dumps({"seconds": seconds, "tokens_per_s": sum(map(sum, lengths)) / seconds, **also}))
 
 
 def round_of(args: argparse.Namespace) -> tuple[list[list[int]], list[list[int]]]:
@@ -169,7 +251,9 @@ def contender(engine: str, args: argparse.Namespace, *, dtype: str, model: Path)
     command = [sys.executable, __file__, "--worker", engine, "--model", str(model), "--dtype", dtype]
     command += [f"--{name}={getattr(args, name)}" for name in options]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return Contender(f"{engine} {dtype}", command, harness.thread_env(args.threads) | quiet)
+    if engine == "model" and "llama.cpp" in args.engines:
+        command += ["--gguf", *args.dtypes]
+    return Contender(engine, command, harness.thread_env(args.threads) | quiet)
 
 
 def main() -> None:
@@ -181,39 +265,40 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--longest", type=int, default=256, help="most tokens of a completion")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: both")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--worker", choices=["model", *ENGINES], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=DTYPES, help=argparse.SUPPRESS)
+    parser.add_argument("--gguf", nargs="*", choices=DTYPES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
 
-    measured: dict[str, list[Measurement]] = {}
+    if "native" not in args.engines:
+        parser.error("--engines must have native, which the others are compared with")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
         harness.measure(contender("model", args, dtype="float32", model=Path(folder)))
-        for dtype in [args.dtype] if args.dtype else DTYPES:
-            engines = [contender(engine, args, dtype=dtype, model=Path(folder)) for engine in ENGINES]
-            measured |= harness.run_rounds(engines, rounds=args.rounds)
-    report(measured, args)
+        for dtype in args.dtypes:
+            engines = [contender(engine, args, dtype=dtype, model=Path(folder)) for engine in args.engines]
+            report(harness.run_rounds(engines, rounds=args.rounds), args, dtype=dtype)
 
 
-def report(measured: dict[str, list[Measurement]], args: argparse.Namespace) -> None:
+def report(measured: dict[str, list[Measurement]], args: argparse.Namespace, *, dtype: str) -> None:
     useful = sum(map(sum, round_of(args)[1]))
     print(
-        f"sampling, {args.size} model, {useful} useful tokens, {args.threads} threads, {args.rounds} rounds"
+        f"sampling, {args.size} model in {dtype}, {args.prompts} prompts x {args.group}, {useful} useful tokens, "
+        f"{args.threads} threads, {args.rounds} rounds"
     )
     harness.print_machine(measured)
-    rows = []
-    for name, runs in measured.items():
-        numbers = [harness.show(harness.spread(runs, key)) for key in ("tokens_per_s", "peak_rss_mib")]
-        engine, dtype = name.split()
-        ratio = harness.ratio(measured[f"native {dtype}"], runs, "tokens_per_s")
-        shown = "" if engine == "native" else harness.show(ratio, digits=2)
-        rows.append([name, *numbers, shown, f">= {TARGET}" if engine == "generate" else ""])
-    harness.print_table(["", "tokens/s", "peak RSS MiB", "native's speed", "target"], rows)
+    comparisons = harness.compare(measured, key="tokens_per_s", ours="native", targets=TARGETS[dtype])
+    harness.print_comparisons(comparisons, unit="useful tokens/s", ours="native")
     if args.json:
-        harness.write_json(args.json, measured=measured, size=args.size, useful_tokens=useful)
+        path = args.json if len(args.dtypes) == 1 else args.json.with_stem(f"{args.json.stem}-{dtype}")
+        harness.write_json(
+            path, measured=measured, comparisons=comparisons, unit="useful tokens/s", useful_tokens=useful
+        )
 
 
 if __name__ == "__main__":

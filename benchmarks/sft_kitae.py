@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--lora-rank", type=int, required=True)
+    parser.add_argument("--max-length", type=int, default=1024)
     options = parser.parse_args()
 
     import kitae
@@ -33,7 +34,11 @@ def main() -> None:
                 "dtype": "auto" if options.precision == "default" else options.precision,
             },
             "lora": {"rank": options.lora_rank, "alpha": 2 * options.lora_rank} if options.lora_rank else {},
-            "data": {"train": [str(options.folder / "rows.jsonl")], "target": "as_is", "max_length": 1024},
+            "data": {
+                "train": [str(options.folder / "rows.jsonl")],
+                "target": "as_is",
+                "max_length": options.max_length,
+            },
             "train": {"per_device_train_batch_size": options.batch_size, "max_steps": options.steps},
         },
     )

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--lora-rank", type=int, required=True)
     parser.add_argument("--gradient-checkpointing", choices=["on", "off"])
+    parser.add_argument("--max-length", type=int, default=1024)
     options = parser.parse_args()
 
     from datasets import load_dataset
@@ -34,11 +35,12 @@ def main() -> None:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "max_length": options.max_length,
     }
     if options.variant == "packed":
         # A batch of one packed row: from its position ids transformers keeps conversations apart, so that the
         # gradient equals the unpacked one. Two such rows in a batch would attend across conversations.
-        settings |= {"packing": True, "per_device_train_batch_size": 1, "max_length": 1024}
+        settings |= {"packing": True, "per_device_train_batch_size": 1}
     elif options.variant == "padding_free":
         settings |= {"padding_free": True, "max_length": None}
     if options.precision != "default":

@@ -112,10 +112,8 @@ def _stops_it_reads(folder: Path, config: dict[str, Any], eos: int | None) -> se
     path = folder / "generation_config.json"
     if path.is_file():
         generation = json.loads(path.read_text(encoding="utf-8"))
-    known: set[int] = set()
-    for value in (generation.get("eos_token_id"), config.get("eos_token_id"), eos):
-        known |= set(value) if isinstance(value, list) else {value} - {None}
-    return known
+    values = (generation.get("eos_token_id"), config.get("eos_token_id"), eos)
+    return {i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None}
 
 
 def _file_text(path: str) -> str:

@@ -84,11 +84,13 @@ class Opened:
         found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         return found
 
-    def ask(self, messages: list[dict[str, str]], *, index: int = 0) -> Problem:
-        """A conversation, rendered up to where the assistant speaks."""
+    def ask(self, messages: list[dict[str, str]], *, index: int = 0, thinks: bool = True) -> Problem:
+        """A conversation, rendered up to where the assistant speaks; a template may have a switch for thinking."""
+        from kitae.data.chat import THINKING_ON
         from kitae.types import Problem
 
-        ids, prefill = self.template.prompt(messages)
+        switches = {} if thinks else dict.fromkeys(THINKING_ON, False)
+        ids, prefill = self.template.prompt(messages, **switches)
         return Problem(prompt=messages[-1]["content"], token_ids=ids, prefill=prefill, index=index)
 
     def ask_raw(self, text: str, *, index: int = 0) -> Problem:

@@ -14,7 +14,7 @@ from kitae.settings import settings_class
 from kitae.settings.aliases import TABLE, Alias
 from kitae.settings.fields import Setting, sections_of, settings_of
 
-COMMANDS = ("evaluate", "generate", "chat", "compare", "reward", "sample", "export")
+COMMANDS = ("evaluate", "generate", "chat", "serve", "compare", "reward", "sample", "export")
 
 SETTINGS_HEAD = """# Settings
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -241,7 +242,7 @@ def _ready_file(use: Settings, port: int) -> Path:
     return Path(use.ready_file).expanduser() if use.ready_file else default
 
 
-def _say_ready(use: Settings, port: int, facts: dict[str, object]) -> None:
+def _say_ready(use: Settings, port: int, facts: Mapping[str, object]) -> None:
     """One line of JSON for programs, and a line for people."""
     from kitae.serve.access import write_private
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kitae.cli import _help
+from kitae.cli._imports import read_all
 from kitae.errors import ConfigError
 from kitae.plugins import did_you_mean, names_in
 from kitae.settings import Notes, fit_to_device, resolve, settings_class
@@ -24,13 +25,20 @@ def main(argv: list[str]) -> int:
     if _help.is_asked(words):
         _help.show(settings_class(recipe), prog=f"kitae train {recipe} [run.toml]", after=_AFTER)
         return 0
-    start(recipe, words)
+    start(recipe, words, prepare=read_all)
     return 0
 
 
-def start(recipe: str, given: Sequence[str] | Mapping[str, Any], *, file: str | Path | None = None) -> Path:
-    """Train, and return the run's folder. Wrong settings are refused before torch is imported."""
+def start(
+    recipe: str,
+    given: Sequence[str] | Mapping[str, Any],
+    *,
+    file: str | Path | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> Path:
+    """Train, and return the run's folder. Wrong settings are refused before `prepare`, and before torch is imported."""
     settings, notes = resolve(recipe, given, file=file)
+    prepare()
     settings, notes = _fitted(settings, notes)
 
     from kitae.recipes._run import run_recipe

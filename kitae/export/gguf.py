@@ -18,7 +18,7 @@ from kitae.config import ModelSettings
 from kitae.errors import ConfigError, ModelError, RunDirError
 from kitae.export import folders, gguf_file, shards
 from kitae.export.convert import How
-from kitae.export.gguf_metadata import model_metadata
+from kitae.export.gguf_metadata import model_metadata, num_experts
 from kitae.export.gguf_tensors import architecture, targets_of
 from kitae.export.gguf_types import FILE_TYPES, OWN, Typed, choose, find_type
 from kitae.export.gguf_vocab import load_template, tokenizer_metadata
@@ -117,7 +117,7 @@ def plan_file(
         targets,
         kind,
         num_layers=num_layers,
-        num_experts=int(config.get("n_routed_experts") or config.get("num_experts") or 0),
+        num_experts=num_experts(config),
         is_70b=arch in ("llama", "qwen2")
         and num_layers == LARGE
         and config.get("num_key_value_heads") != config["num_attention_heads"],

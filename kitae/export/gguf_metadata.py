@@ -41,10 +41,16 @@ def model_metadata(writer: Any, config: Mapping[str, Any], *, vocab_size: int) -
         writer.add_value_length(size)
         writer.add_rope_dimension_count(size)
     if config["model_type"] == "qwen3_moe":
-        writer.add_expert_count(int(config["num_experts"]))
+        writer.add_expert_count(num_experts(config))
         writer.add_expert_used_count(int(config["num_experts_per_tok"]))
         writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     _rope(writer, config)
+
+
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Routed experts of a layer, 0 without any; the name differs by model and by transformers' version."""
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    return next((int(config[name]) for name in names if config.get(name)), 0)
 
 
 def _refuse_other_meanings(config: Mapping[str, Any]) -> None:
@@ -91,7 +97,7 @@ def _latent_attention(writer: Any, config: Mapping[str, Any]) -> None:
             "the best one"
         )
     writer.add_leading_dense_block_count(int(config.get("first_k_dense_replace") or 0))
-    writer.add_expert_count(int(config["n_routed_experts"]))
+    writer.add_expert_count(num_experts(config))
     writer.add_expert_used_count(int(config["num_experts_per_tok"]))
     writer.add_expert_shared_count(int(config.get("n_shared_experts") or 0))
     writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))

@@ -8,18 +8,16 @@ Every tensor of the model is used, or refused by name. Shapes are in torch's ord
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kitae.errors import ModelError
 from kitae.export.adapter import HEAD
-from kitae.export.gguf_metadata import llama3_factors
+from kitae.export.gguf_metadata import llama3_factors, num_experts
 from kitae.export.source import Source
 
 log = logging.getLogger(__name__)
@@ -181,7 +179,7 @@ def _stacked(source: Source, names: list[str], target: str) -> Target:
     """Experts one after the other."""
     ordered = sorted(names, key=lambda name: int(name.split(".experts.")[1].split(".")[0]))
     shapes = {source.shape(name) for name in ordered}
-    count = int(source.config.get("n_routed_experts") or source.config["num_experts"])
+    count = num_experts(source.config)
     if len(shapes) != 1 or len(ordered) != count:
         raise ModelError(
             f"{source.weights.folder}: {ordered[0]} and its siblings are {len(ordered)} of {count} experts, in "
@@ -229,13 +227,3 @@ def _latent_keys_and_values(source: Source, name: str, into: str) -> list[Target
         Target(f"{into}attn_k_b.weight", (heads, rank, nope), keys, (name,)),
         Target(f"{into}attn_v_b.weight", (heads, value, rank), values, (name,)),
     ]
-
-
-def num_elements(shape: tuple[int, ...]) -> int:
-    """How many numbers a tensor holds."""
-    return math.prod(shape)
-
-
-def whole(target: Target) -> Tensor:
-    """A target's float32 values in its shape."""
-    return torch.cat(list(target.pieces())).reshape(target.shape)

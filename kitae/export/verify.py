@@ -32,10 +32,8 @@ from kitae.export.verify_answers import (
     answers_of_dequantised,
     answers_of_folder,
     answers_of_llama_cpp,
-    complete,
     has_llama_cpp,
-    loaded,
-    pose,
+    sit,
     tokenizer_of,
 )
 from kitae.export.verify_tensors import Tensors, check_tensors
@@ -165,17 +163,13 @@ def _sit(
     """The exam with the reference's answers, or why it cannot be run."""
     base = source.weights.folder if source.adapter is not None else None
     try:
-        tokenizer = tokenizer_of(source.folder)
-        template = load_template(tokenizer)
-        questions = pose(tokenizer, template, prompts)
-        stop_ids = template.stop_ids if template is not None else [tokenizer.eos_token_id or 0]
-        decode = tokenizer.decode if template is None else template.decode
-        with loaded(folder, base=base) as (policy, _):
-            forced, _ = complete(
-                policy, questions, stop_ids=stop_ids, decode=decode, max_new_tokens=MAX_NEW_TOKENS
-            )
-        exam = Exam(questions=questions, forced=forced, max_new_tokens=MAX_NEW_TOKENS)
-        said = answers_of_folder(folder, exam, reference=tokenizer, tokenizer=tokenizer, base=base)
+        exam, said = sit(
+            folder,
+            prompts,
+            base=base,
+            tokenizer=tokenizer_of(source.folder),
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
         return exam, said, None
     except KitaeError as error:
         return None, None, str(error)

@@ -119,7 +119,12 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def complete(
-    policy: Policy, questions: Sequence[Question], *, stop_ids: list[int], decode: Any, max_new_tokens: int
+    policy: Policy,
+    questions: Sequence[Question],
+    *,
+    tokenizer: Any,
+    template: Template | None,
+    max_new_tokens: int,
 ) -> tuple[list[list[int]], list[str]]:
     """Greedy completions, as ids and text."""
     engine, _ = open_engine(
@@ -127,8 +132,8 @@ def complete(
         wanted="generic",
         setting="engine",
         expected_tokens=len(questions) * max_new_tokens,
-        stop_ids=stop_ids,
-        decode=decode,
+        stop_ids=stop_ids_of(tokenizer, template),
+        decode=tokenizer.decode if template is None else template.decode,
         max_rows=len(questions),
     )
     problems = [Problem(prompt=q.text, token_ids=q.ids, index=i) for i, q in enumerate(questions)]
@@ -150,34 +155,60 @@ def distributions(policy: Policy, exam: Exam) -> list[Tensor]:
     return found
 
 
-def answers_of_folder(
-    folder: Path, exam: Exam, *, reference: Any, tokenizer: Any = None, base: Path | None = None
-) -> Answers:
-    """What a model folder or adapter says; `reference` is the tokenizer its texts are compared with.
-
-    `tokenizer` is its own, where that lies in another folder.
-    """
-    tokenizer = tokenizer_of(folder) if tokenizer is None else tokenizer
+def answers_of_folder(folder: Path, exam: Exam, *, reference: Any) -> Answers:
+    """What a model folder says; `reference` is the tokenizer its texts are compared with."""
+    tokenizer = tokenizer_of(folder)
     template = load_template(tokenizer)
-    stop_ids = _stop_ids(tokenizer, template)
-    with loaded(folder, base=base) as (policy, how):
-        said = distributions(policy, exam)
-        decode = tokenizer.decode if template is None else template.decode
+    with loaded(folder) as (policy, how):
         greedy, texts = complete(
-            policy, exam.questions, stop_ids=stop_ids, decode=decode, max_new_tokens=exam.max_new_tokens
+            policy,
+            exam.questions,
+            tokenizer=tokenizer,
+            template=template,
+            max_new_tokens=exam.max_new_tokens,
         )
+        said = distributions(policy, exam)
     return Answers(
         how=how,
         logprobs_QPV=said,
         greedy=greedy,
         texts=texts,
-        stop_ids=stop_ids,
+        stop_ids=stop_ids_of(tokenizer, template),
         template=None if template is None else template.fingerprint,
         differences=_differences(tokenizer, template, exam, reference),
     )
 
 
-def _stop_ids(tokenizer: Any, template: Template | None) -> list[int]:
+def sit(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    base: Path | None,
+    tokenizer: Any,
+    max_new_tokens: int,
+) -> tuple[Exam, Answers]:
+    """The exam that the reference's own greedy completions make, and its answers."""
+    template = load_template(tokenizer)
+    questions = pose(tokenizer, template, prompts)
+    with loaded(folder, base=base) as (policy, how):
+        greedy, texts = complete(
+            policy, questions, tokenizer=tokenizer, template=template, max_new_tokens=max_new_tokens
+        )
+        exam = Exam(questions=questions, forced=greedy, max_new_tokens=max_new_tokens)
+        said = distributions(policy, exam)
+    return exam, Answers(
+        how=how,
+        logprobs_QPV=said,
+        greedy=greedy,
+        texts=texts,
+        stop_ids=stop_ids_of(tokenizer, template),
+        template=None if template is None else template.fingerprint,
+        differences=[],
+    )
+
+
+def stop_ids_of(tokenizer: Any, template: Template | None) -> list[int]:
+    """Ids that end a completion."""
     if template is not None:
         return list(template.stop_ids)
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -23,8 +23,8 @@ def activation_bytes(config: Any, *, num_tokens: int, element: int, recompute: b
     matrices of adapters and the logits of one chunk do not count.
     """
     text = config.get_text_config()
-    layers = [_layer_bytes(text, number, element) for number in range(text.num_hidden_layers)]
-    inputs = element * text.hidden_size
+    layers: list[int] = [_layer_bytes(text, number, element) for number in range(text.num_hidden_layers)]
+    inputs: int = element * text.hidden_size
     kept = len(layers) * inputs + max(layers) if recompute else sum(layers)
     ends = 2 * inputs  # both sides of the final norm
     return num_tokens * (kept + ends)
@@ -32,26 +32,29 @@ def activation_bytes(config: Any, *, num_tokens: int, element: int, recompute: b
 
 def _layer_bytes(config: Any, number: int, element: int) -> int:
     """Of one token in one layer."""
-    norms = 4 * config.hidden_size
+    norms: int = 4 * config.hidden_size
     routed = _routed_experts(config, number)
-    dense = _number(config, "intermediate_size") or 4 * config.hidden_size
+    dense: int = _number(config, "intermediate_size") or 4 * config.hidden_size
     if not routed:
         return element * (norms + _attention(config) + 3 * dense)
     size = _number(config, "moe_intermediate_size") or dense
-    mlp = 2 * size * _number(config, "num_experts_per_tok") + 3 * size * _number(config, "n_shared_experts")
-    return element * (norms + _attention(config) + mlp) + ROUTER_BYTES * (config.hidden_size + routed)
+    mlp: int = 2 * size * _number(config, "num_experts_per_tok") + 3 * size * _number(
+        config, "n_shared_experts"
+    )
+    router: int = ROUTER_BYTES * (config.hidden_size + routed)
+    return element * (norms + _attention(config) + mlp) + router
 
 
 def _attention(config: Any) -> int:
     """Numbers that attention keeps."""
-    heads = config.num_attention_heads
+    heads: int = config.num_attention_heads
     if latent := _number(config, "kv_lora_rank"):  # latent attention, arXiv:2405.04434
-        key = config.qk_nope_head_dim + config.qk_rope_head_dim
-        return 2 * heads * (key + config.v_head_dim) + 2 * (latent + _number(config, "q_lora_rank"))
-    head = _number(config, "head_dim") or config.hidden_size // heads
+        key_and_value: int = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return 2 * heads * key_and_value + 2 * (latent + _number(config, "q_lora_rank"))
+    head: int = _number(config, "head_dim") or config.hidden_size // heads
     queries, keys = heads * head, (_number(config, "num_key_value_heads") or heads) * head
-    has_norms = config.model_type.startswith("qwen3")
-    return (2 + has_norms) * (queries + keys)
+    copies = 3 if config.model_type.startswith("qwen3") else 2  # normed heads are kept before the norm too
+    return copies * (queries + keys)
 
 
 def _routed_experts(config: Any, number: int) -> int:

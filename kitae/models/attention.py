@@ -96,7 +96,9 @@ def _runs(packing: Packing) -> Runs | None:
     def cost(segments: list[Segment]) -> int:
         return sum(s.length * (2 * s.prefix_length + s.length) for s in segments)
 
-    runs = sorted(by_prompt.values(), key=cost, reverse=True)  # whoever is free takes the next: long ones first
+    runs = sorted(
+        by_prompt.values(), key=cost, reverse=True
+    )  # whoever is free takes the next: long ones first
     groups = [0, *accumulate(map(len, runs))]
     return Runs(torch.tensor([s for run in runs for s in run]), torch.tensor(groups))
 
@@ -116,7 +118,12 @@ def attend(
     Values may have another head size than keys (latent attention). Padding tokens get some finite output, and neither
     give nor take gradient. With `kernels`, those of native.py compute it where they can.
     """
-    if kernels and not dropout and native.fits(q_TQD, k_TKD, v_TKD) and (runs := runs_of(packing)) is not None:
+    if (
+        kernels
+        and not dropout
+        and native.fits(q_TQD, k_TKD, v_TKD)
+        and (runs := runs_of(packing)) is not None
+    ):
         own = q_TQD.shape[-1] ** -0.5 if scaling is None else scaling
         padding = (packing.num_real_tokens, packing.num_tokens)
         return native.attend(

@@ -110,8 +110,7 @@ def _attention(
     )
     epsilon = self.q_norm.variance_epsilon if hasattr(self, "q_norm") else 0.0
     q_TQD, k_TKD = (
-        native.rotary(x, norm, cos, sin, epsilon)
-        for x, norm in zip((q_TQD, k_TKD), norms, strict=True)
+        native.rotary(x, norm, cos, sin, epsilon) for x, norm in zip((q_TQD, k_TKD), norms, strict=True)
     )
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     out_1TQD, _ = attend(

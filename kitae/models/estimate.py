@@ -100,9 +100,9 @@ def estimate(meta_model: Any, plan: Plan) -> Estimate:
 
 def _packed_size(causal_lm: Any) -> int:
     """Weights of the native engine's copy: all but an embedding that is not the head, which it reads in place."""
-    total = sum(p.numel() for p in causal_lm.parameters())
+    total: int = sum(p.numel() for p in causal_lm.parameters())
     embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
-    return total if head is embedding else total - embedding.numel()
+    return total if head is embedding else total - int(embedding.numel())
 
 
 def adapter_size(causal_lm: Any, targets: Targets, rank: int) -> int:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class Answering:
             to_json(self.frame.whole([c.whole() for c in choices], counts)), media_type="application/json"
         )
 
-    async def stream(self, receive: Receive) -> AsyncIterator[bytes]:
+    async def stream(self, receive: Receive) -> AsyncGenerator[bytes, None]:
         """The answer's events. What goes wrong on the way is the last of them."""
         choices: Sequence[Choice] = ()
         try:

@@ -88,7 +88,7 @@ class Service:
         self._stop_ids = frozenset(template.stop_ids)
         self._created = int(time.time())
         first = next(iter(engine.lanes))
-        self._lane_of = {alias: first for alias in aliases} | {name: name for name in engine.lanes}
+        self._lane_of = dict.fromkeys(aliases, first) | {name: name for name in engine.lanes}
         question = [{"role": "user", "content": "Hi"}]
         self._has_switch = template.prompt(question) != template.prompt(question, **_switches(False))
 

@@ -134,7 +134,10 @@ class TextChoice:
             self._text = b"".join(map(texts.bytes, echo)).decode(errors="replace")
             known = scores or [None] * len(echo)
             self._logprobs = text_logprobs(
-                texts, echo, [s and s.logprob for s in known], [s and s.top for s in known]
+                texts,
+                echo,
+                [None if s is None else s.logprob for s in known],
+                [None if s is None else s.top for s in known],
             )
         self._echo_logprobs = self._logprobs if wants_logprobs else None
 

@@ -15,22 +15,32 @@ class Metrics:
 
     def __init__(self, engine: EngineThread) -> None:
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
+        own = self._registry
         self.requests = Counter(
-            "kitae_requests", "Requests answered, by path and HTTP status.", ["path", "status"], **own
+            "kitae_requests", "Requests answered, by path and HTTP status.", ["path", "status"], registry=own
         )
-        self.disconnects = Counter("kitae_disconnects", "Clients that went before their answer ended.", **own)
-        self.prompt_tokens = Counter("kitae_prompt_tokens", "Prompt tokens read.", ["model"], **own)
-        self.completion_tokens = Counter("kitae_completion_tokens", "Tokens sampled.", ["model"], **own)
+        self.disconnects = Counter(
+            "kitae_disconnects", "Clients that went before their answer ended.", registry=own
+        )
+        self.prompt_tokens = Counter("kitae_prompt_tokens", "Prompt tokens read.", ["model"], registry=own)
+        self.completion_tokens = Counter(
+            "kitae_completion_tokens", "Tokens sampled.", ["model"], registry=own
+        )
         self.first_token_s = Histogram(
-            "kitae_time_to_first_token_seconds", "From request to first token.", buckets=_FIRST_TOKEN_S, **own
+            "kitae_time_to_first_token_seconds",
+            "From request to first token.",
+            buckets=_FIRST_TOKEN_S,
+            registry=own,
         )
         self.request_s = Histogram(
-            "kitae_request_seconds", "From request to the end of its answer.", buckets=_REQUEST_S, **own
+            "kitae_request_seconds",
+            "From request to the end of its answer.",
+            buckets=_REQUEST_S,
+            registry=own,
         )
-        running = Gauge("kitae_completions_running", "Completions being sampled.", **own)
+        running = Gauge("kitae_completions_running", "Completions being sampled.", registry=own)
         running.set_function(lambda: engine.num_running)
-        waiting = Gauge("kitae_completions_waiting", "Completions that wait for a row.", **own)
+        waiting = Gauge("kitae_completions_waiting", "Completions that wait for a row.", registry=own)
         waiting.set_function(lambda: max(0, engine.num_open - engine.num_running))
 
     def text(self) -> bytes:

@@ -32,7 +32,7 @@ SFT, GRPO, PPO, ROUNDS, BOTH = (
     ("grpo", "ppo"),
     ("sft", "grpo", "ppo", "distill", *PREFERENCE, *REWARD_MODEL),
 )
-USE = ("evaluate", "generate", "chat", "sample")
+USE = ("evaluate", "generate", "chat", "serve", "sample")
 
 
 PLUGIN = "warns: ranks shard by FSDP2 by themselves, nothing to choose; zero2_cpu: offload is not there yet"

@@ -41,6 +41,33 @@ def test_help_needs_no_torch(words):
     assert done.stdout and not done.stderr
 
 
+SLOW_TO_IMPORT = {
+    "pyarrow", "datasets", "peft", "bitsandbytes", "matplotlib", "pandas", "scipy", "sklearn", "wandb", "torchvision",
+    "tensorflow", "uvicorn", "starlette", "gguf",
+}  # fmt: skip
+
+
+def test_the_first_step_of_a_plain_run_imports_only_what_it_needs(tiny, tmp_path):
+    """What a user waits for between the command and the first step is imports more than anything else."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1", "completion": "2"}\n' * 4)
+    ends = f"print(sorted({SLOW_TO_IMPORT} & set(sys.modules))); sys.exit(code)"
+    words = ["train", "sft", "--model_name_or_path", str(tiny()), "--data.train", str(rows), "--max_steps", "1",
+             "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", RUN + ends, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_collections_go_on_after_the_imports():
+    code = (
+        "import gc, sys; from kitae.cli._imports import read_all; read_all()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000 and 'kitae.recipes._run' in sys.modules\n"
+        "before = gc.get_freeze_count(); read_all(); assert gc.get_freeze_count() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_wrong_settings_are_refused_before_torch_is_imported():
     done = subprocess.run(
         [sys.executable, "-c", NO_TORCH, "train", "sft", "--learnin_rate", "1"],

@@ -8,7 +8,7 @@ import pytest
 import kitae as package
 from kitae.cli._open import lookalikes, open_model
 from kitae.cli._stream import DIM, PLAIN, Stream
-from kitae.cli.chat import Conversation, Settings
+from kitae.cli.chat import Conversation, LocalTalker, Settings
 from kitae.errors import ConfigError
 
 
@@ -120,6 +120,20 @@ def test_thinking_is_dimmed_even_when_its_tags_come_in_pieces(monkeypatch):
     assert out.getvalue() == f"{DIM}<think>\na</think>{PLAIN}b{DIM}<think>c</think>{PLAIN}d\n"
 
 
+def test_folded_thinking_is_one_line_with_its_length(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Terminal()
+    stream = Stream(out, prefill="<think>\n", folds=True)
+    for piece in ("ab", "c</thi", "nk>d<think>e</think>f"):
+        stream.add(piece)
+    stream.finish()
+    assert out.getvalue() == f"{DIM}[thinking, 19 characters]{PLAIN}d{DIM}[thinking, 16 characters]{PLAIN}f\n"
+    open_end = io.StringIO()
+    stream = Stream(open_end, prefill="<think>ab", folds=True)
+    stream.finish()
+    assert open_end.getvalue() == "[thinking, 9 characters]\n"
+
+
 def test_colours_stay_out_of_files_and_half_characters_wait():
     out = io.StringIO()
     texts = {1: "\ufffd", 2: "\u3042"}
@@ -148,7 +162,7 @@ def test_chat_remembers_resets_and_leaves(kitae, files, tiny, monkeypatch):
 def test_chat_keeps_history_by_the_template_and_caps_at_the_context(files, tiny):
     use = Settings(model=str(tiny(max_position_embeddings=64)), temperature=0.0, max_new_tokens=2048)
     opened = open_model(use)
-    conversation = Conversation(opened, use)
+    conversation = Conversation(LocalTalker(opened, use))
     text = conversation.send("1")
     assert conversation.messages == [{"role": "user", "content": "1"}, {"role": "assistant", "content": text}]
     turns = conversation.messages = conversation.messages * 9

@@ -70,5 +70,5 @@ def test_the_cheapest_change_that_fits_is_named():
     frozen = {"dtype": torch.bfloat16, "trainable": False}
     assert advice(7_000_000, **frozen) == "model.quantization = nf4 needs 1.8 MiB"
     sampled = {"dtype": torch.bfloat16, "trainable": False, "packed_copy": True}
-    assert advice(11_000_000, **sampled) == "rollout.engine = generic needs 10.1 MiB"
+    assert advice(11_000_000, **sampled) == "rollout.engine = generic needs 6.5 MiB"
     assert advice(1_000, **full) == "take a smaller model or a machine with more memory"

@@ -55,6 +55,9 @@ def settings_for(recipe, folder, model, data):
         "inference_batch_size": 8,
     }  # fmt: skip
     train = {"max_steps": 9, "num_threads": 1}
+    if recipe == "grpo, ahead":
+        rollout |= {"updates_per_round": 1, "epochs_per_round": 2, "rounds_ahead": 1}
+        return {**common, "train": train, "rollout": rollout, "grpo": {"is_cap": 2}}
     if recipe == "grpo, native":
         rollout["engine"] = "native"
     if recipe in ("grpo", "grpo, native"):
@@ -111,9 +114,18 @@ KILLS = {
     "grpo": [
         ["kitae.rollout.generic", "GenericEngine", "_step", 3],
         ["kitae.train.learner", "Learner", "optim_step", 2],
-        ["kitae.rewards.pool", "RewardPool", "score", 2],
+        ["kitae.rewards.pool", "RewardPool", "finish", 2],
+        ["kitae.rewards.pool", "RewardPool", "begin", 17],
         ["kitae.train.learner", "Learner", "optim_step", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 1],
+    ],
+    "grpo, ahead": [
+        ["kitae.recipes._ahead", "Ahead", "_begin", 2],
+        ["kitae.rewards.pool", "RewardPool", "begin", 20],
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.recipes._ahead", "Ahead", "state", 2],
+        ["kitae.train.learner", "Learner", "_one_pass", 2],
+        ["kitae.recipes._ahead", "Ahead", "round", 2],
     ],
     "grpo, native": [
         ["kitae.rollout.native", "_Round", "_decode", 2],

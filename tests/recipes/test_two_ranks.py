@@ -74,8 +74,12 @@ GRPO_VARIANTS = {
         "--grpo.scale_by_std", "batch", "--rollout.curriculum", "pass_rate", "--rollout.refill", "1",
     ],
     "refreshed adapter": ["--grpo.kl_coef", "0.1", "--grpo.ref_refresh_rounds", "1", "--lora.rank", "4"],
+    "ahead": ["--rollout.rounds_ahead", "1", "--grpo.is_cap", "2", "--eval.steps", "2"],
+    "ahead adapter": ["--rollout.rounds_ahead", "1", "--grpo.is_cap", "2", "--lora.rank", "4"],
     "native": ["--rollout.engine", "native", "--eval.steps", "2"],
     "native adapter": ["--rollout.engine", "native", "--lora.rank", "4"],
+    "native experts": ["--rollout.engine", "native"],
+    "native experts adapter": ["--rollout.engine", "native", "--lora.rank", "4"],
 }  # fmt: skip
 
 
@@ -84,8 +88,9 @@ def test_grpo_on_two_ranks_samples_and_learns_what_one_process_does(variant, tin
     if "native" in variant:
         request.getfixturevalue("kernels")
     data = rows_for(tmp_path)
+    model = tiny("deepseek_v3" if "experts" in variant else "qwen3")
     common = [
-        "grpo", "--model_name_or_path", str(tiny("qwen3")), "--data.train", str(data), "--max_steps", "3",
+        "grpo", "--model_name_or_path", str(model), "--data.train", str(data), "--max_steps", "3",
         "--rollout.prompts_per_round", "3", "--rollout.num_generations", "4", "--rollout.max_new_tokens", "6",
         "--learning_rate", "1e-3", "--optim.epsilon", "1e-4", "--log.report_to", "none", "--log.steps", "1",
         "--model.dtype", "float32",

@@ -49,6 +49,14 @@ def test_groups_come_in_the_order_of_problems_and_samples(endpoint):
     assert set(endpoint.paths) == {"/v1/chat/completions"}
 
 
+def test_each_answer_is_told_as_soon_as_it_is_there(endpoint):
+    told = {}
+    groups = engine_of(endpoint).generate(
+        problems(3), n=2, sampling=SAMPLING, seed=5, on_rollout=lambda p, s, r: told.setdefault((p, s), r)
+    )
+    assert told == {(p, s): rollout for p, group in enumerate(groups) for s, rollout in enumerate(group)}
+
+
 def test_what_is_sent_is_what_the_settings_say(endpoint):
     engine = engine_of(
         endpoint, api_key=f" {KEY}\n", extra_body={"max_completion_tokens": 9, "max_tokens": None}

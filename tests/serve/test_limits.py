@@ -11,6 +11,7 @@ import pytest
 from serving import KEY, Running, raw, wait_for
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -73,8 +74,9 @@ VALUES = [
     "x" * 300,
 ]
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "n", "seed", "stop",
-          "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "messages", "model",
-          "chat_template_kwargs", "reasoning_format", "logit_bias", "tools", "frequency_penalty", "response_format")  # fmt: skip
+          "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "messages",
+          "model", "chat_template_kwargs", "reasoning_format", "logit_bias", "tools", "frequency_penalty",
+          "response_format")  # fmt: skip
 
 
 def test_no_value_of_any_field_brings_the_server_down(running, client):
@@ -109,7 +111,7 @@ def test_no_value_of_any_field_brings_the_server_down(running, client):
         ),
         ({"response_format": {"type": "json_object"}}, "response_format", "not offered by this server"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
             "messages[0].content[0].type",
             "text",
         ),
