@@ -12,7 +12,8 @@ help:
 	@echo "make test         install and run the whole test suite"
 	@echo "make check        lint, types and tests"
 	@echo "make docs         write anew the pages of docs/ that are generated"
-	@echo "make bench        measure against other tools on this machine (installs them)"
+	@echo "make bench        measure against other tools on this machine (installs them): about 40 minutes on 2 CPU cores,"
+	@echo "                  and 8 more the first time, to build llama.cpp; BENCH='--only sft grpo' measures a part"
 
 quickstart: install
 	$(BIN)/kitae quickstart
@@ -31,9 +32,7 @@ types: install-dev
 
 bench: install-dev
 	$(PIP) install -c constraints.txt -e ".[bench]"
-	$(BIN)/python benchmarks/sft.py --json benchmarks/results-sft.json
-	$(BIN)/python benchmarks/dpo.py --json benchmarks/results-dpo.json
-	$(BIN)/python benchmarks/rollout.py --json benchmarks/results-rollout.json
+	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 docs: install-dev
 	$(BIN)/python -m kitae.cli._pages docs

@@ -84,7 +84,9 @@ def report(measured: dict[str, list[Measurement]], *, options: argparse.Namespac
     ours = lengths["kitae"].median
     far = {name: x.median for name, x in lengths.items() if abs(x.median - ours) > LENGTH_TOLERANCE * ours}
     if far:
-        sys.exit(f"completions differ in length, so the sides did not do the same work: kitae {ours:.0f}, {far}")
+        sys.exit(
+            f"completions differ in length, so the sides did not do the same work: kitae {ours:.0f}, {far}"
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import harness
 import llama_cpp
@@ -34,16 +35,18 @@ LLAMA_SLOTS = 64
 """Completions that llama.cpp's server samples at a time: its best on the machine this was first measured on."""
 GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
 """Rows per call of generate: its best on the machine this was first measured on."""
-SIZES = {
-    "30m": {"family": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16384, "max_position_embeddings": 2048},
+SIZES: dict[str, dict[str, Any]] = {
+    "30m": {"family": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16384,
+            "max_position_embeddings": 2048},
     "80m-moe": {"family": "deepseek_v3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10,
                 "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16384, "moe_intermediate_size": 256,
                 "n_routed_experts": 16, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
                 "first_k_dense_replace": 1, "q_lora_rank": 192, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
                 "qk_rope_head_dim": 32, "v_head_dim": 64, "max_position_embeddings": 2048},
-    "tiny": {"family": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 2048},
+    "tiny": {"family": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
+             "max_position_embeddings": 2048},
 }  # fmt: skip
 
 

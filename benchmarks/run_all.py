@@ -46,7 +46,18 @@ ALL = [
     Benchmark(
         "sft-150k",
         "SFT, vocabulary 151,936",
-        ["sft.py", "--size", "42m-150k", "--peers", "trl", "trl-packed-best", "--steps", "3", "--warmup", "1"],
+        [
+            "sft.py",
+            "--size",
+            "42m-150k",
+            "--peers",
+            "trl",
+            "trl-packed-best",
+            "--steps",
+            "3",
+            "--warmup",
+            "1",
+        ],
         360,
     ),
     Benchmark(
@@ -95,6 +106,7 @@ ALL = [
         for dtype in ("bfloat16", "float32")
     ),
     Benchmark("export-fp8", "FP8 to BF16", ["export_fp8.py"], 60, has_peer_python=False),
+    Benchmark("export-merge", "Merging an adapter", ["export_merge.py"], 60, has_peer_python=False),
 ]
 
 
@@ -106,7 +118,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
-    parser.add_argument("--results", type=Path, default=tables.RESULTS, help="another file leaves the pages alone")
+    parser.add_argument(
+        "--results", type=Path, default=tables.RESULTS, help="another file leaves the pages alone"
+    )
     options = parser.parse_args()
 
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
@@ -122,7 +136,10 @@ def main() -> None:
     started, failed = time.monotonic(), []
     for number, benchmark in enumerate(todo):
         left = sum(expected_s(b, results, rounds=options.rounds) for b in todo[number:])
-        print(f"\n[{number + 1}/{len(todo)}] {benchmark.name}: {benchmark.title}; {left / 60:.0f} min left", flush=True)
+        print(
+            f"\n[{number + 1}/{len(todo)}] {benchmark.name}: {benchmark.title}; {left / 60:.0f} min left",
+            flush=True,
+        )
         result = measure(benchmark, rounds=options.rounds, peer_python=options.peer_python)
         if result is None:
             failed.append(benchmark.name)

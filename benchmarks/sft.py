@@ -59,7 +59,9 @@ def parse_options() -> argparse.Namespace:
     )
     harness.add_options(parser)
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["trl", "trl-packed-best", "transformers"])
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, default=["trl", "trl-packed-best", "transformers"]
+    )
     parser.add_argument(
         "--precision",
         choices=["same", "default", "float32", "bfloat16"],

@@ -77,7 +77,11 @@ def main() -> None:
         settings["bf16"] = options.precision == "bfloat16"
     config = TrainingArguments(**settings)
     trainer = Counting(
-        model, config, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer), callbacks=[Clock()]
+        model,
+        config,
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[Clock()],
     )
     result = trainer.train()
     (started, before), (ended, after) = ends[options.warmup - 1], ends[-1]

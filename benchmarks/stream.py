@@ -2,7 +2,7 @@
 
 One completion at a time of a Qwen3-like model of 30 M parameters with random weights. Printed are the medians of
 milliseconds per decoded token, the prompt's left out, and how near kitae is to the floor: each token reads all weights
-once, and a buffer as large as they are is read as fast as torch can in the same process. See docs/benchmarks.md.
+once, and a buffer as large as they are is read as fast as torch can, in the same process. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -66,29 +66,31 @@ def run_kitae(folder: Path, prompts: list[list[int]], *, dtype: str) -> dict[str
 
 
 def read_rate(num_bytes: int) -> float:
-    """Bytes per second at which torch's fastest reduction reads a buffer of that size."""
+    """Bytes per second at which torch's fastest reduction reads a buffer of that size, again and again."""
     import torch
 
     buffer = torch.ones(num_bytes // 4)
-    best = float("inf")
+    medians = []
     for reduce in (lambda: torch.dot(buffer, buffer), buffer.sum, buffer.max, buffer.view(torch.int64).sum):
+        taken = []
         for _ in range(READS):
             started = time.perf_counter()
             reduce()
-            best = min(best, time.perf_counter() - started)
-    return num_bytes / best
+            taken.append(time.perf_counter() - started)
+        medians.append(statistics.median(taken))
+    return num_bytes / min(medians)
 
 
 def run_llama(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, float]:
     model = rollout.gguf_of(args.model, dtype=args.dtype)
     context = max(map(len, prompts)) + LENGTH + 1
-    with llama_cpp.Server(
-        llama_cpp.build(), model, slots=1, context=context, threads=args.threads
-    ) as server:
+    with llama_cpp.Server(llama_cpp.build(), model, slots=1, context=context, threads=args.threads) as server:
         server.complete(prompts[0], length=LENGTH, seed=0)
         answers = [server.complete(prompt, length=LENGTH, seed=0) for prompt in prompts]
         return {
-            "ms_per_token": statistics.median(answer["timings"]["predicted_per_token_ms"] for answer in answers),
+            "ms_per_token": statistics.median(
+                answer["timings"]["predicted_per_token_ms"] for answer in answers
+            ),
             "peak_rss_mib": server.peak_rss_mib(),
         }
 
@@ -100,7 +102,11 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     vocab_size = rollout.SIZES[args.size]["vocab_size"]
     prompts, _ = rollout.workload(vocab_size=vocab_size, num_prompts=PROMPTS, group=1, longest=LENGTH)
-    run = run_llama(args, prompts) if args.worker == "llama.cpp" else run_kitae(args.model, prompts, dtype=args.dtype)
+    run = (
+        run_llama(args, prompts)
+        if args.worker == "llama.cpp"
+        else run_kitae(args.model, prompts, dtype=args.dtype)
+    )
     print(json.dumps(run))
 
 

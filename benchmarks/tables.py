@@ -15,11 +15,23 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
 DOCS = ROOT / "docs" / "benchmarks.md"
 READMES = {
-    "README.md": ("", "times as fast", "peak memory"),
-    "README.ja.md": ("", "速さ（倍）", "最大メモリ"),
-    "README.zh.md": ("", "速度（倍）", "峰值内存"),
+    "README.md": (
+        "Beside other programs on the same machine, with the same model, data and precision; medians, all figures and "
+        "how they were measured are in [docs/benchmarks.md](docs/benchmarks.md):",
+        ("kitae against", "times as fast", "peak memory"),
+    ),
+    "README.ja.md": (
+        "同じマシン、同じモデル、同じデータ、同じ精度で他のプログラムと比べた中央値です。全数値と測り方は "
+        "[docs/benchmarks.md](docs/benchmarks.md) にあります。",
+        ("kitae の比較相手", "速さ（倍）", "最大メモリ"),
+    ),
+    "README.zh.md": (
+        "在同一台机器上、以相同的模型、数据和精度与其他程序对比的中位数；全部数字和测量方法见 "
+        "[docs/benchmarks.md](docs/benchmarks.md)。",
+        ("kitae 对比", "速度（倍）", "峰值内存"),
+    ),
 }
-"""Pages with the short table, and its headings there."""
+"""Pages with the short table: the sentence above it, and its headings."""
 BLOCK = re.compile(r"(<!-- benchmarks: begin -->\n).*?(<!-- benchmarks: end -->)", re.DOTALL)
 IN_README = {
     "sft": ["trl", "trl-packed-best", "transformers"],
@@ -93,18 +105,20 @@ def of_benchmark(result: dict[str, Any]) -> str:
 
 
 def for_docs(results: dict[str, Any]) -> str:
-    return "\n".join(of_benchmark(result) for result in results.values()) or "Nothing has been measured yet.\n"
+    return (
+        "\n".join(of_benchmark(result) for result in results.values()) or "Nothing has been measured yet.\n"
+    )
 
 
-def for_readme(results: dict[str, Any], *, headings: tuple[str, str, str]) -> str:
-    """Medians of the ratios only, peers that the README names."""
+def for_readme(results: dict[str, Any], *, sentence: str, headings: tuple[str, str, str]) -> str:
+    """Medians of the ratios only, peers that the README names; nothing where none was measured."""
     rows = [list(headings)]
     for name, peers in IN_README.items():
         for peer in peers:
             if c := results.get(name, {}).get("against", {}).get(peer):
                 ratio, memory = c["ratio"]["median"], c["memory_ratio"]["median"]
                 rows.append([f"{results[name]['title']} / {peer}", f"{ratio:.1f}×", f"{memory:.2f}×"])
-    return table(rows) if len(rows) > 1 else ""
+    return f"{sentence}\n\n{table(rows)}" if len(rows) > 1 else ""
 
 
 def written(page: Path, results: dict[str, Any]) -> str | None:
@@ -112,7 +126,11 @@ def written(page: Path, results: dict[str, Any]) -> str | None:
     text = page.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         return None
-    block = for_docs(results) if page == DOCS else for_readme(results, headings=READMES[page.name])
+    if page == DOCS:
+        block = for_docs(results)
+    else:
+        sentence, headings = READMES[page.name]
+        block = for_readme(results, sentence=sentence, headings=headings)
     return BLOCK.sub(lambda found: f"{found[1]}{block}{found[2]}", text)
 
 

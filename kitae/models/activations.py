@@ -47,7 +47,9 @@ def _layer_bytes(config: Any, number: int, element: int) -> int:
 
 def _attention(config: Any) -> int:
     """Numbers that attention keeps."""
-    heads: int = config.num_attention_heads
+    heads = _number(config, "num_attention_heads")
+    if not heads:  # no attention that this sum knows, as in Mamba
+        return 0
     if latent := _number(config, "kv_lora_rank"):  # latent attention, arXiv:2405.04434
         key_and_value: int = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
         return 2 * heads * key_and_value + 2 * (latent + _number(config, "q_lora_rank"))

@@ -45,7 +45,8 @@ def fuse_rmsnorms(model: nn.Module, *, kernels: bool = False) -> int:
 
 def fuse_layers(model: nn.Module, *, attention_name: str) -> None:
     """Let attention and MLP modules of the known classes compute with kernels, attention through that interface."""
-    for module in model.modules():
+    modules: Any = model.modules()  # whose attributes are dynamic
+    for module in modules:
         kind = type(module).__name__
         if not type(module).__module__.startswith("transformers.models."):
             continue

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +64,19 @@ def experts_forward(
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """Which expert owns which slots, and which token lies in each; padding slots hold token 0 with weight 0."""
+    """How many slots each expert has, and which token lies in each; padding slots hold token 0 with weight 0."""
 
-    own: list[tuple[int, slice]]
+    sizes: list[int]
+    """Of each expert, 0 where it has none."""
     slot_Tk: Tensor
     token_S: Tensor
+
+    def by_expert(
+        self, in_slots: Sequence[Tensor], of_experts: Sequence[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
+        """For each expert with slots, its rows of the tensors [S, ...], then its part of those [E, ...]."""
+        parts = [x.split(self.sizes) for x in in_slots] + [x.unbind() for x in of_experts]
+        return (own for size, own in zip(self.sizes, zip(*parts, strict=True), strict=True) if size)
 
     def weights(self, top_k_weights: Tensor) -> Tensor:
         weight_S = top_k_weights.new_zeros(len(self.token_S))
@@ -86,11 +93,10 @@ def _sort(top_k_index: Tensor, num_experts: int) -> _Slots:
     slot_M = torch.arange(len(order_M), device=order_M.device) + padding_before_E[expert_M]
     slot_Tk = torch.empty_like(slot_M)
     slot_Tk[order_M] = slot_M
-    ends = [0, *padded.cumsum(0).tolist()]
-    token_S = slot_M.new_zeros(ends[-1])
+    sizes = padded.tolist()
+    token_S = slot_M.new_zeros(sum(sizes))
     token_S[slot_M] = order_M // k
-    own = [(e, slice(start, end)) for e, (start, end) in enumerate(pairwise(ends)) if end > start]
-    return _Slots(own, slot_Tk.view_as(top_k_index), token_S)
+    return _Slots(sizes, slot_Tk.view_as(top_k_index), token_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +181,21 @@ class _Weight:
     def product(self, x_SI: Tensor, slots: _Slots) -> Tensor:
         """x W^T + scale (x A^T) B^T."""
         y_SO = x_SI.new_empty(len(x_SI), self.weight_EOI.shape[1])
-        for e, own in slots.own:
-            torch.mm(x_SI[own], self.weight_EOI[e].t(), out=y_SO[own])
-            for a_ERI, b_EOR, scale in self.adapters:
-                y_SO[own].addmm_(x_SI[own] @ a_ERI[e].t(), b_EOR[e].t(), alpha=scale)
+        for x, y, weight in slots.by_expert([x_SI, y_SO], [self.weight_EOI]):
+            torch.mm(x, weight.t(), out=y)
+        for a_ERI, b_EOR, scale in self.adapters:
+            for x, y, a, b in slots.by_expert([x_SI, y_SO], [a_ERI, b_EOR]):
+                y.addmm_(x @ a.t(), b.t(), alpha=scale)
         return y_SO
 
     def back_product(self, grad_SO: Tensor, slots: _Slots) -> Tensor:
         """The gradient of x: dY W + scale (dY B) A."""
         grad_SI = grad_SO.new_empty(len(grad_SO), self.weight_EOI.shape[2])
-        for e, own in slots.own:
-            torch.mm(grad_SO[own], self.weight_EOI[e], out=grad_SI[own])
-            for a_ERI, b_EOR, scale in self.adapters:
-                grad_SI[own].addmm_(grad_SO[own] @ b_EOR[e], a_ERI[e], alpha=scale)
+        for dy, dx, weight in slots.by_expert([grad_SO, grad_SI], [self.weight_EOI]):
+            torch.mm(dy, weight, out=dx)
+        for a_ERI, b_EOR, scale in self.adapters:
+            for dy, dx, a, b in slots.by_expert([grad_SO, grad_SI], [a_ERI, b_EOR]):
+                dx.addmm_(dy @ b, a, alpha=scale)
         return grad_SI
 
     def gradients(
@@ -203,14 +211,14 @@ class _Weight:
         if needs[0]:
             if grad_EOI is None:
                 grad_EOI = torch.zeros_like(self.weight_EOI)
-            for e, own in slots.own:
-                grad_EOI[e].add_(grad_SO[own].t() @ x_SI[own])
+            for dy, x, dweight in slots.by_expert([grad_SO, x_SI], [grad_EOI]):
+                dweight.add_(dy.t() @ x)
         yield grad_EOI if needs[0] and main_grad is None else None
         for a_ERI, b_EOR, scale in self.adapters:
             grad_ERI, grad_EOR = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
-            for e, own in slots.own:
-                torch.mm((grad_SO[own] @ b_EOR[e]).mul_(scale).t(), x_SI[own], out=grad_ERI[e])
-                torch.mm(grad_SO[own].t(), (x_SI[own] @ a_ERI[e].t()).mul_(scale), out=grad_EOR[e])
+            for dy, x, a, b, da, db in slots.by_expert([grad_SO, x_SI], [a_ERI, b_EOR, grad_ERI, grad_EOR]):
+                torch.mm((dy @ b).mul_(scale).t(), x, out=da)
+                torch.mm(dy.t(), (x @ a.t()).mul_(scale), out=db)
             yield grad_ERI
             yield grad_EOR
 

@@ -149,7 +149,7 @@ def load_as(
         log.info(
             "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
         )
-        if trainable:
+        if trainable and find_family(config.model_type).is_tested:
             _tell_activations(config, dtype, recompute=model.gradient_checkpointing)
 
     causal_lm = _load_weights(

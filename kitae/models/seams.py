@@ -1,8 +1,9 @@
 """What makes the unmodified transformers module fast, put in through its public extension points.
 
 Attention over packed rows (attention.py), routed experts as sorted slices (experts.py), norms, rotary embedding and
-gates as one operation each (blocks.py); log-probs of only the tokens that count are in heads.py. Each equals the plain module, which tests/models proves for
-the tested families; any other architecture is compared when it is loaded, and a seam that differs stays off.
+gates as one operation each (blocks.py); log-probs of only the tokens that count are in heads.py. Each equals the plain
+module, which tests/models proves for the tested families; any other architecture is compared when it is loaded, and a
+seam that differs stays off.
 """
 
 from __future__ import annotations

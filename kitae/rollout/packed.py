@@ -208,8 +208,7 @@ class PackedModel:
     @property
     def numbers_per_token(self) -> int:
         """What a layer keeps of a token in its pages."""
-        latent = self.struct.latent
-        return 2 * latent.latent + latent.rotated or 2 * self.key_heads * self.head_size
+        return self.struct.latent.row or 2 * self.key_heads * self.head_size
 
     @property
     def _q(self) -> int:

@@ -49,7 +49,7 @@ def _shapes(model: PackedModel, *, tokens: int, logits: int) -> dict[str, tuple[
             "attended": (tokens, heads * latent.value, dtype),
             "query_latents": (tokens, -(-latent.query_latent // LANES) * LANES, dtype),
             "queries": (tokens, layers[0].latent.queries.columns, dtype),
-            "absorbed": (tokens, heads * (latent.latent + latent.rotated), dtype),
+            "absorbed": (tokens, heads * latent.row, dtype),
             "mixed": (tokens, heads * latent.latent, dtype),
         }
     if routing.num_experts:

@@ -72,6 +72,7 @@ def latent_sizes(policy: Policy) -> structs.LatentSizes:
         rotated=config.qk_rope_head_dim,
         plain=config.qk_nope_head_dim,
         value=config.v_head_dim,
+        row=-(-(config.kv_lora_rank + config.qk_rope_head_dim) // 32) * 32,
         norm_epsilon=first.self_attn.kv_a_layernorm.variance_epsilon,
     )
 
@@ -112,7 +113,7 @@ def _why_not_heads(config: Any, *, num_rotated: int) -> str | None:
         return f"{num_rotated} of the {size} numbers of its heads are rotated"
     if config.model_type not in LATENT_TYPES:
         return f"its head size is {size}, which {LANES} does not divide" if size % LANES else None
-    divisors = {"kv_lora_rank": LANES, "v_head_dim": LANES, "qk_rope_head_dim": 4, "qk_nope_head_dim": 2}
+    divisors = {"kv_lora_rank": LANES, "v_head_dim": LANES, "qk_rope_head_dim": 2, "qk_nope_head_dim": 2}
     for name, divisor in divisors.items():
         if getattr(config, name) % divisor:
             return f"its {name} is {getattr(config, name)}, which {divisor} does not divide"

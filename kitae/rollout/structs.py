@@ -50,6 +50,7 @@ class LatentSizes(Structure):
         ("rotated", c_int64),
         ("plain", c_int64),
         ("value", c_int64),
+        ("row", c_int64),
         ("norm_epsilon", c_float),
     )
 

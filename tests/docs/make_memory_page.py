@@ -69,7 +69,7 @@ With *P* all weights, *t* those that train (all of them, or adapters of *rank* x
 | adapters | *b t* |
 | masters and gradients | 8 *t* in bfloat16 (float32 both); 4 *t* in float32, where the weights are the masters |
 | moments | `adamw` 8 *t*, `adamw_8bit` 2 *t*, `adafactor` almost none |
-| native sampling on a CPU (GRPO, PPO) | *b P*, less an embedding that is not the head; none with `rollout.engine` generic or nf4 |
+| native sampling on a CPU | *b P*, less an embedding that is not the head; none with `rollout.engine` generic or nf4 |
 | activations of a pass of *T* tokens | *b T* x layers x (4 hidden + 2 (queries + keys) + 3 intermediate) |
 | the same with `model.gradient_checkpointing` | *b T* x layers x hidden, and one layer as above; about a third more time |
 
@@ -84,8 +84,8 @@ is longer. If a pass does not fit after all, a single process halves it, with th
 
 ## DeepSeek-R1's distillations
 
-GiB on one device in bfloat16 with AdamW; LoRA and QLoRA adapt all linear layers at rank {RANK}; a pass of {TOKENS:,} tokens (one
-row as long as `data.max_length`). *Kept* and *recomputed* are activations without and with
+GiB on one device in bfloat16 with AdamW; LoRA and QLoRA adapt all linear layers at rank {RANK}; a pass of {TOKENS:,} tokens
+(one row as long as `data.max_length`). *Kept* and *recomputed* are activations without and with
 `model.gradient_checkpointing`. Estimates, not measurements.
 
 """
@@ -93,10 +93,15 @@ row as long as `data.max_length`). *Kept* and *recomputed* are activations witho
 
 def page() -> str:
     """The whole page."""
-    lines = ["| model | | weights | training | kept | recomputed | total, kept | total, recomputed |", "|---" * 8 + "|"]
+    lines = [
+        "| model | | weights | training | kept | recomputed | total, kept | total, recomputed |",
+        "|---" * 8 + "|",
+    ]
     for shape in SHAPES:
         lines += rows(shape)
-    shapes = ["| model | type | hidden | layers | heads | key-value heads | intermediate | vocabulary | parameters |"]
+    shapes = [
+        "| model | type | hidden | layers | heads | key-value heads | intermediate | vocabulary | parameters |"
+    ]
     shapes += ["|---" * 9 + "|"]
     shapes += [
         f"| {s.name} | {s.model_type} | {s.hidden_size} | {s.num_hidden_layers} | {s.num_attention_heads} | "

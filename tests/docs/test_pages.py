@@ -5,6 +5,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from kitae.cli._stages import read_pipeline
 from kitae.cli.chat import Settings as ChatSettings
 from kitae.cli.main import commands
 from kitae.cli.main import main as kitae_main
+from kitae.cli.serve import Settings as ServeSettings
 from kitae.plugins import names_in
 from kitae.settings import read, resolve, settings_class
 from kitae.settings.aliases import TABLE
@@ -33,6 +35,11 @@ COLUMN = 33
 """Where the layout of the architecture page says what its files are."""
 METRIC = r"(train|eval|rollout|perf|time)/\w+"
 OTHER_FLAGS = {
+    "--tensor-parallel-size",
+    "--enable-expert-parallel",
+    "--reasoning-parser",
+    "--tp",
+    "--ep",
     "--from",
     "--dry_run",
     "--json",
@@ -91,14 +98,19 @@ def parse(words):
     if command == "export":
         assert rest[0] in export.VERBS
         return export.parse(rest[0], rest[1:])
+    if command == "endpoints":
+        assert rest[0] in ("list", "info", "stop")
+        return None, SimpleNamespace(warnings=[])
     root, positional = {
         "evaluate": (evaluate.Settings, ("model",)),
         "generate": (generate.Settings, ("model", "prompt")),
         "chat": (ChatSettings, ("model",)),
+        "serve": (ServeSettings, ("model",)),
+        "deploy": (ServeSettings, ("model",)),
         "compare": (compare.Settings, ("first", "second")),
         "sample": (sample.Settings, ("model", "dataset_name")),
     }[command]
-    return read(command, root, rest, positional=positional)
+    return read("serve" if command == "deploy" else command, root, rest, positional=positional)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -227,6 +239,7 @@ def test_every_flag_a_page_names_exists(page):
         sample.Settings,
         export.Settings,
         ChatSettings,
+        ServeSettings,
     ):
         ours |= set(root.model_fields)
     for text in in_backticks(page):

@@ -90,6 +90,14 @@ def test_python_writes_what_the_command_writes(kitae, adapter, tiny, tmp_path):
     [
         (["mrege", "x", "--output", "y"], "there is no kitae export mrege; did you mean 'merge'"),
         (["merge", "x"], "output is required"),
+        (["verify", "x"], "there is nothing to compare"),
+        (["verify", "x", "y", "--output", "z"], "output (--output) has no effect on verify"),
+        (["gguf", "x", "--type", "q4km"], "there is no GGUF type 'q4km'; did you mean 'Q4_K_M'"),
+        (["gguf", "x", "--adapter_only", "--type", "q8_0"], "an adapter alone is written as f16 or f32"),
+        (
+            ["fp8-to-bf16", "x", "--output", "y", "--type", "f16"],
+            "type (--type) has no effect on fp8-to-bf16",
+        ),
         (["merge", "--output", "y"], "model is missing"),
         (
             ["fp8-to-bf16", "x", "--output", "y", "--dtype", "fp8"],
@@ -136,10 +144,10 @@ def test_ctrl_c_says_how_to_go_on(kitae, adapter, tmp_path, monkeypatch):
 
 
 def test_help_and_completion_know_the_verbs(kitae):
-    assert "export merge|fp8-to-bf16|bf16-to-fp8 MODEL --output DIR" in kitae("export")[1]
+    assert "export merge|gguf|fp8-to-bf16|bf16-to-fp8 MODEL --output DIR" in kitae("export")[1]
     assert "--scale_format" in kitae("export", "bf16-to-fp8", "--help")[1]
     found = words()
-    assert found["export",] == ["merge", "fp8-to-bf16", "bf16-to-fp8"]
+    assert found["export",] == ["merge", "gguf", "fp8-to-bf16", "bf16-to-fp8", "verify"]
     assert {"--output", "--base", "--overwrite"} <= set(found["export", "merge"])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,26 @@ def test_rows_that_do_not_fit_are_listed_and_an_unknown_model_is_refused(tiny, t
     with pytest.raises(ModelError, match="hidden_act 'gelu'"):
         write_gguf(str(other), How(output=tmp_path / "o.gguf"), kind="f16")
     assert not (tmp_path / "o.gguf").exists()
+
+
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not on the PATH")
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"num_hidden_layers": 28}),
+        ("deepseek_v3", {"num_hidden_layers": 12, "n_routed_experts": 16}),
+    ],
+)
+def test_mixes_are_those_of_llama_quantize(family, sizes, tiny, tmp_path):
+    folder = tiny(family, **WIDE, **sizes)
+    write_gguf(str(folder), How(output=tmp_path / "f32.gguf"), kind="f32")
+    for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "Q5_0", "Q4_0"):
+        own, theirs = tmp_path / f"{kind}.gguf", tmp_path / f"{kind}-theirs.gguf"
+        write_gguf(str(folder), How(output=own), kind=kind)
+        command = ["llama-quantize", str(tmp_path / "f32.gguf"), str(theirs), kind]
+        subprocess.run(command, check=True, capture_output=True)
+        a, b = open_gguf(own), open_gguf(theirs)
+        assert {name: a.kind(name) for name in a.tensors} == {name: b.kind(name) for name in b.tensors}
 
 
 def test_other_types_go_through_llama_quantize(tiny, tmp_path, monkeypatch, capsys):

@@ -84,7 +84,7 @@ def test_a_pretokenizer_is_known_by_what_it_does(name, tmp_path):
 
 def test_an_unknown_pretokenizer_is_refused_unless_one_is_named(tmp_path):
     tokenizer = byte_level(["[aeiou]"])
-    with pytest.raises(ModelError, match="cuts text as this tokenizer does; the nearest, .* such as"):
+    with pytest.raises(ModelError, match=r"cuts text as this tokenizer does; the nearest, .* such as"):
         vocabulary(tokenizer, size=512)
     assert vocabulary(tokenizer, size=512, pre="default").pre == "default"
 

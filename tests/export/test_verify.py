@@ -202,6 +202,26 @@ def test_what_cannot_be_run_is_compared_by_its_tensors_and_says_so(model, tmp_pa
     ] == 21
 
 
+def test_a_model_in_4_bits_is_compared_too(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = tiny("llama")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    folder = tmp_path / "nf4"
+    AutoModelForCausalLM.from_pretrained(model, quantization_config=how, device_map="cpu").save_pretrained(
+        folder
+    )
+    for path in (*model.glob("tokenizer*"), *model.glob("*.jinja")):
+        shutil.copy(path, folder / path.name)
+    report = verify(str(model), [folder])
+    found = row(report, "nf4")
+    assert report["passed"] and found["kind"] == "packed" and 1e-6 < found["kl_mean"] < 0.1
+    assert 0.05 < found["tensors"]["worst_error"] < 0.15
+
+
 def test_distances_are_those_of_the_definition():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(3, 400, generator=generator).log_softmax(1)

@@ -28,9 +28,9 @@ def rows_of(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_equal_with_gradients(fast, slow, *inputs, dtype=torch.float32) -> None:
-    """Values and input gradients; in bfloat16 within one rounding (2^-8) of the float32 formula's."""
-    tolerance = 5e-6 if dtype == torch.float32 else 2**-7
+def assert_equal_with_gradients(fast, slow, *inputs, dtype=torch.float32, bfloat16=2**-7) -> None:
+    """Values and input gradients against the float32 formula's, relative to the largest."""
+    tolerance = 5e-6 if dtype == torch.float32 else bfloat16
     ours = [x.to(dtype).requires_grad_() for x in inputs]
     theirs = [x.to(dtype).float().requires_grad_() for x in inputs]
     found, expected = fast(*ours), slow(*theirs)
@@ -164,7 +164,8 @@ def test_head_in_chunks(dtype, foretold, with_bias):
     def slow(h, w, b=None):
         return plain_logprobs(F.linear(h, w, b), targets, temperature=0.7)[0]
 
-    assert_equal_with_gradients(fast, slow, *inputs, dtype=dtype)
+    # The product with the weights rounds the logits themselves.
+    assert_equal_with_gradients(fast, slow, *inputs, dtype=dtype, bfloat16=2**-6)
 
 
 def test_entropy_and_its_gradient():

@@ -55,9 +55,6 @@ def settings_for(recipe, folder, model, data):
         "inference_batch_size": 8,
     }  # fmt: skip
     train = {"max_steps": 9, "num_threads": 1}
-    if recipe == "grpo, ahead":
-        rollout |= {"updates_per_round": 1, "epochs_per_round": 2, "rounds_ahead": 1}
-        return {**common, "train": train, "rollout": rollout, "grpo": {"is_cap": 2}}
     if recipe == "grpo, native":
         rollout["engine"] = "native"
     if recipe in ("grpo", "grpo, native"):
@@ -67,6 +64,10 @@ def settings_for(recipe, folder, model, data):
         "def reward(completion, *, prompt, answer, **columns):\n"
         "    return 1.0 if int(answer) % 2 else float(sum(map(ord, completion)) % 7)\n"
     )
+    if recipe == "grpo, ahead":
+        rollout |= {"updates_per_round": 1, "rounds_ahead": 1}
+        judged = {"function": f"{reward}:reward", "num_workers": 1, "timeout_s": 20}
+        return {**common, "train": train, "rollout": rollout, "reward": judged, "grpo": {"is_cap": 2}}
     return {
         **common,
         "lora": {"rank": 4 if recipe == "grpo, LoRA" else 0},
@@ -112,10 +113,10 @@ KILLS = {
         ["kitae.data.loader", "Loader", "take", 4],
     ],
     "grpo": [
-        ["kitae.rollout.generic", "GenericEngine", "_step", 3],
+        ["kitae.rollout.generic", "PackedRows", "advance", 3],
+        ["kitae.rewards.pool", "RewardPool", "begin", 5],
         ["kitae.train.learner", "Learner", "optim_step", 2],
         ["kitae.rewards.pool", "RewardPool", "finish", 2],
-        ["kitae.rewards.pool", "RewardPool", "begin", 17],
         ["kitae.train.learner", "Learner", "optim_step", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 1],
     ],
@@ -128,9 +129,9 @@ KILLS = {
         ["kitae.recipes._ahead", "Ahead", "round", 2],
     ],
     "grpo, native": [
-        ["kitae.rollout.native", "_Round", "_decode", 2],
+        ["kitae.rollout.native", "NativeRows", "advance", 2],
         ["kitae.train.learner", "Learner", "optim_step", 3],
-        ["kitae.rollout.native", "_Round", "_enter", 2],
+        ["kitae.rollout.native", "NativeRows", "enter", 2],
         ["kitae.rollout.native", "NativeEngine", "sync", 1],
     ],
     "grpo, variants": [

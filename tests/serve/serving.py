@@ -21,7 +21,15 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(
-        self, model, *, adapters=None, protocol=None, grace_s=1, reasoning_format="inline", **limits
+        self,
+        model,
+        *,
+        adapters=None,
+        protocol=None,
+        grace_s=1,
+        reasoning_format="inline",
+        engine="generic",
+        **limits,
     ):
         from kitae.cli._open import UseSettings, open_model
         from kitae.rollout.generic import GenericEngine
@@ -32,7 +40,7 @@ class Running:
         from kitae.serve.engine import EngineThread
         from kitae.serve.lanes import make_lanes
 
-        self.use = UseSettings(model=str(model), engine="generic", batch_size=8, dtype="float32")
+        self.use = UseSettings(model=str(model), engine=engine, batch_size=8, dtype="float32")
         self.opened = opened = open_model(self.use)
         how = {"stop_ids": opened.template.stop_ids, "decode": opened.template.decode, "max_rows": 8}
         lanes = make_lanes(

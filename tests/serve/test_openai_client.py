@@ -177,3 +177,34 @@ def test_errors_are_exceptions_of_the_client(running, client):
     assert raised.value.code == "context_length_exceeded"
     with pytest.raises(openai.AuthenticationError):
         running.client().with_options(api_key="wrong").models.list()
+
+
+def test_a_chat_page_s_calls_work_as_they_are(running, client):
+    """Its address, the first model's name, content as text and as parts, every chunk's content added to a string."""
+    name = client.models.list().data[0].id
+    text = "2+2"
+    for content in (text, [{"type": "text", "text": text}]):
+        ask = {"model": name, "messages": [{"role": "user", "content": content}], "max_completion_tokens": 9}
+        whole = client.chat.completions.create(**ask, temperature=0, top_p=0.9, stream=False)
+        shown = ""
+        for chunk in client.chat.completions.create(**ask, temperature=0, top_p=0.9, stream=True):
+            shown += chunk.choices[0].delta.content
+        assert shown == whole.choices[0].message.content != ""
+        assert whole.usage.completion_tokens <= 9
+
+
+def test_the_native_engine_serves_what_it_samples(thinker, kernels):
+    from serving import Running
+
+    server = Running(thinker, engine="native")
+    try:
+        generic = Running(thinker)
+        try:
+            asks = [{**ASK, "temperature": 0}, {**ASK, "temperature": 1, "top_p": 1, "stop": "5"}]
+            for ask in asks:
+                answers = [s.client().chat.completions.create(**ask).choices[0] for s in (server, generic)]
+                assert answers[0].message.content == answers[1].message.content
+        finally:
+            generic.close()
+    finally:
+        server.close()

@@ -80,36 +80,19 @@ inline void score_page(
     for (int64_t d = 0; d < size; d += 4) {
         __builtin_prefetch(next + d * PAGE, 0, 3);
         __builtin_prefetch(next + (d + 2) * PAGE, 0, 3);
-        u32x16 keys_here[2];
-        std::memcpy(keys_here, keys + d * PAGE, sizeof keys_here);
+        const u32x16 first = load_pairs(keys + d * PAGE), second = load_pairs(keys + (d + 2) * PAGE);
 #pragma GCC unroll 4
         for (int r = 0; r < QUERIES; r++) {
-            uint32_t pairs[2];
-            std::memcpy(pairs, queries + r * size + d, sizeof pairs);
-            even[r] = add_pairs(even[r], pairs[0], keys_here[0]);
-            odd[r] = add_pairs(odd[r], pairs[1], keys_here[1]);
+            even[r] = add_pairs(even[r], pair_at(queries + r * size + d), first);
+            odd[r] = add_pairs(odd[r], pair_at(queries + r * size + d + 2), second);
         }
     }
     for (int r = 0; r < QUERIES; r++) scores[r] = even[r] + odd[r];
 }
 
-// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][value size].
-// `pages` is the layer's first page of this key head, `stride` the elements from page to page; `scores` has room for
-// QUERIES times the length, rounded up to pages.
-template <int QUERIES, class T>
-void attend_to_pages(
-    const T* queries, int64_t size, int64_t value_size, int64_t length, const T* pages, int64_t stride, const int32_t* table,
-    float scale, float* scores, T* out) {
-    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
-    for (int64_t p = 0; p < num_pages; p++) {
-        const T* keys = pages + table[p] * stride;
-        const T* next = pages + table[p + 1 < num_pages ? p + 1 : p] * stride;
-        f32x16 here[QUERIES];
-        score_page<QUERIES>(queries, size, keys, next, here);
-        for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);
-    }
-
-    float inverse_total[QUERIES];
+// Make scores [QUERIES][length rounded up to pages] weights, whose sums are 1 when multiplied by inverse_total.
+template <int QUERIES> void make_weights(float* scores, int64_t length, float (&inverse_total)[QUERIES]) {
+    const int64_t width = (length + PAGE - 1) / PAGE * PAGE;
     for (int r = 0; r < QUERIES; r++) {
         float* own = scores + r * width;
         for (int64_t t = length; t < width; t++) own[t] = -INFINITY;  // nothing is there yet
@@ -124,22 +107,29 @@ void attend_to_pages(
         }
         inverse_total[r] = 1.0f / sum_of(total);
     }
+}
 
-    // Four vectors of dimensions at a time, so that QUERIES times four sums stay in registers.
-    const auto gather = [&](int64_t from, auto count) {
+// Sums of `size` numbers of each token, weighted by scores and inverse_total, to out [QUERIES][size]. `first` are the numbers
+// of a page's first token, `row` lies between tokens and `stride` between pages.
+template <int QUERIES, class T>
+void mix_tokens(
+    const float* scores, const float (&inverse_total)[QUERIES], const T* first, int64_t row, int64_t stride,
+    const int32_t* table, int64_t length, int64_t size, T* out) {
+    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
+    // Four vectors of numbers at a time, so that QUERIES times four sums stay in registers.
+    const auto mix = [&](int64_t from, auto count) {
         constexpr int VECTORS_HERE = decltype(count)::value;
         f32x16 sums[QUERIES][VECTORS_HERE] = {};
         for (int64_t p = 0; p < num_pages; p++) {
-            const T* values = pages + table[p] * stride + PAGE * size + from;
-            const char* next =
-                reinterpret_cast<const char*>(pages + table[p + 1 < num_pages ? p + 1 : p] * stride + PAGE * size + from);
+            const T* values = first + table[p] * stride + from;
+            const char* next = reinterpret_cast<const char*>(first + table[p + 1 < num_pages ? p + 1 : p] * stride + from);
             const int64_t here = length - p * PAGE < PAGE ? length - p * PAGE : PAGE;
             for (int64_t t = 0; t < here; t++) {
                 for (int64_t line = 0; line < int64_t(VECTORS_HERE * LANES * sizeof(T)); line += 64)
-                    __builtin_prefetch(next + t * value_size * int64_t(sizeof(T)) + line, 0, 3);
+                    __builtin_prefetch(next + t * row * int64_t(sizeof(T)) + line, 0, 3);
                 f32x16 value[VECTORS_HERE];
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS_HERE; v++) value[v] = load(values + t * value_size + v * LANES);
+                for (int v = 0; v < VECTORS_HERE; v++) value[v] = load(values + t * row + v * LANES);
 #pragma GCC unroll 4
                 for (int r = 0; r < QUERIES; r++) {
                     const float weight = scores[r * width + p * PAGE + t];
@@ -149,11 +139,31 @@ void attend_to_pages(
             }
         }
         for (int r = 0; r < QUERIES; r++)
-            for (int v = 0; v < VECTORS_HERE; v++) store(out + r * value_size + from + v * LANES, sums[r][v] * inverse_total[r]);
+            for (int v = 0; v < VECTORS_HERE; v++) store(out + r * size + from + v * LANES, sums[r][v] * inverse_total[r]);
     };
     int64_t from = 0;
-    for (; from + 4 * LANES <= value_size; from += 4 * LANES) gather(from, std::integral_constant<int, 4>{});
-    for (; from < value_size; from += LANES) gather(from, std::integral_constant<int, 1>{});
+    for (; from + 4 * LANES <= size; from += 4 * LANES) mix(from, std::integral_constant<int, 4>{});
+    for (; from < size; from += LANES) mix(from, std::integral_constant<int, 1>{});
+}
+
+// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][size].
+// `pages` is the layer's first page of this key head, `stride` the elements from page to page; `scores` has room for
+// QUERIES times the length, rounded up to pages.
+template <int QUERIES, class T>
+void attend_to_pages(
+    const T* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table, float scale,
+    float* scores, T* out) {
+    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
+    for (int64_t p = 0; p < num_pages; p++) {
+        const T* keys = pages + table[p] * stride;
+        const T* next = pages + table[p + 1 < num_pages ? p + 1 : p] * stride;
+        f32x16 here[QUERIES];
+        score_page<QUERIES>(queries, size, keys, next, here);
+        for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);
+    }
+    float inverse_total[QUERIES];
+    make_weights(scores, length, inverse_total);
+    mix_tokens(scores, inverse_total, pages + PAGE * size, size, stride, table, length, size, out);
 }
 
 // Attention of every token over all tokens of its row up to itself, whose keys and values are in their pages.
@@ -179,8 +189,7 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         const auto some = [&](auto count) {
             constexpr int QUERIES = decltype(count)::value;
             attend_to_pages<QUERIES>(
-                queries.data() + r * size, size, size, length, pages, stride, table, model.attention_scale, scores.data(),
-                out + r * size);
+                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
             r += QUERIES;
         };
         while (r + 4 <= shared) some(std::integral_constant<int, 4>{});

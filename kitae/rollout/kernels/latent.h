@@ -7,7 +7,7 @@
 //   hidden -> query latent -> norm -> queries -> key_up -> \                                    .
 //   hidden -> latent -> norm, rotated part -> pages -------> attention over latents -> value_up -> out
 //
-// Pages: [page][ keys [(latent + rotated) / q][16][q] | latents [16][latent] ], T; see attention.h.
+// Pages: [page][16 tokens][row], T: a token's latent, its rotated part, and zeros up to a multiple of 32.
 #pragma once
 
 #include <vector>
@@ -38,10 +38,9 @@ template <class T> inline void rotate(const T* x, const Model& model, int64_t po
 template <class T>
 void place_latents(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const LatentSizes& sizes = model.latent;
-    const int64_t size = sizes.latent + sizes.rotated;
     team.share(tokens.count, [&](Range mine) {
         for (int64_t token = mine.begin; token < mine.end; token++) {
-            const int64_t position = tokens.positions[token], row = position % PAGE;
+            const int64_t position = tokens.positions[token];
             float* x = scratch.qkv + token * scratch.qkv_stride;
             if (layer.latent.query_norm) {
                 T* to = static_cast<T*>(scratch.query_latents) + token * scratch.query_latents_stride;
@@ -51,11 +50,9 @@ void place_latents(const Team& team, const Model& model, const Layer& layer, con
             normalise(x, layer.latent.norm, sizes.latent, sizes.latent, sizes.norm_epsilon, x);
             rotate(x + sizes.latent, model, position, x + sizes.latent);
             const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
-            T* page = static_cast<T*>(layer.pages) + table[position / PAGE] * PAGE * (size + sizes.latent);
-            constexpr int64_t q = Packing<T>::q;
-            for (int64_t d = 0; d < size; d++) narrow(page + (d / q * PAGE + row) * q + d % q, x[d]);
-            T* latents = page + PAGE * size + row * sizes.latent;
-            for (int64_t d = 0; d < sizes.latent; d += LANES) store(latents + d, load(x + d));
+            T* own = static_cast<T*>(layer.pages) + (table[position / PAGE] * PAGE + position % PAGE) * sizes.row;
+            const int64_t size = sizes.latent + sizes.rotated;
+            for (int64_t d = 0; d < sizes.row; d++) narrow(own + d, d < size ? x[d] : 0.0f);
         }
     });
 }
@@ -70,34 +67,112 @@ template <class T> inline void store_columns(T* row, int64_t width, int64_t bloc
 template <class T>
 void absorb_keys(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const LatentSizes& sizes = model.latent;
-    const int64_t head_size = sizes.plain + sizes.rotated, size = sizes.latent + sizes.rotated;
+    const int64_t head_size = sizes.plain + sizes.rotated;
     const T* queries = static_cast<const T*>(scratch.queries);
     multiply_groups<T>(
         team, layer.latent.key_up, model.query_heads, scratch.queries_stride,
         [&](int64_t head) { return Rows<T>{queries + head * head_size, tokens.count}; },
         [&](int64_t head, int64_t token, int64_t block, const float* sums) {
-            T* to = static_cast<T*>(scratch.absorbed) + token * scratch.absorbed_stride + head * size;
+            T* to = static_cast<T*>(scratch.absorbed) + token * scratch.absorbed_stride + head * sizes.row;
             store_columns(to, sizes.latent, block, sums);
+            if (block != 0) return;
             const T* query = queries + token * scratch.queries_stride + head * head_size;
-            if (block == 0) rotate(query + sizes.plain, model, tokens.positions[token], to + sizes.latent);
+            rotate(query + sizes.plain, model, tokens.positions[token], to + sizes.latent);
+            for (int64_t d = sizes.latent + sizes.rotated; d < sizes.row; d++) narrow(to + d, 0.0f);
         });
+}
+
+// A cache line of a token: 16 numbers, or 16 pairs of bf16.
+inline f32x16 load_line(const float* from) { return load(from); }
+inline u32x16 load_line(const bf16* from) { return load_pairs(from); }
+
+// sums + the products of two lines, lane by lane.
+inline f32x16 add_line(f32x16 sums, f32x16 a, f32x16 b) { return sums + a * b; }
+inline f32x16 add_line(f32x16 sums, u32x16 a, u32x16 b) {
+#if defined(__AVX512BF16__)
+    return (f32x16)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (f32x16)(a << 16) * (f32x16)(b << 16);
+    return sums + (f32x16)(a & 0xffff0000u) * (f32x16)(b & 0xffff0000u);
+#endif
+}
+
+// Each of the sixteen vectors added up, in a lane of its own.
+inline f32x16 sums_of(const f32x16 (&x)[LANES]) {
+#if defined(__AVX512F__)
+    __m512 pairs[8], fours[4], eights[2];
+    for (int i = 0; i < 8; i++) {
+        const __m512 a = (__m512)x[2 * i], b = (__m512)x[2 * i + 1];
+        pairs[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = (__m512d)pairs[2 * i], b = (__m512d)pairs[2 * i + 1];
+        fours[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+    const auto halves = [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
+    for (int i = 0; i < 2; i++) eights[i] = halves(fours[2 * i], fours[2 * i + 1]);
+    return (f32x16)halves(eights[0], eights[1]);
+#else
+    f32x16 sums;
+    for (int i = 0; i < LANES; i++) sums[i] = sum_of(x[i]);
+    return sums;
+#endif
+}
+
+// Scores [HEADS][width] of one page's tokens: HEADS queries [HEADS][row] times their rows, four tokens at a time. The `next`
+// page is fetched meanwhile.
+template <int HEADS, class T>
+void score_latents(const T* queries, int64_t row, const T* page, const T* next, float scale, float* scores, int64_t width) {
+    constexpr int TOKENS = 4;
+    for (int t = 0; t < PAGE; t += TOKENS) {
+        f32x16 sums[LANES] = {};
+        for (int64_t d = 0; d < row; d += int64_t(64 / sizeof(T))) {
+            decltype(load_line(page)) token[TOKENS];
+#pragma GCC unroll 4
+            for (int i = 0; i < TOKENS; i++) {
+                token[i] = load_line(page + (t + i) * row + d);
+                __builtin_prefetch(next + (t + i) * row + d, 0, 3);
+            }
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) {
+                const auto query = load_line(queries + h * row + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < TOKENS; i++) sums[h * TOKENS + i] = add_line(sums[h * TOKENS + i], query, token[i]);
+            }
+        }
+        float here[LANES];
+        store(here, sums_of(sums) * scale);
+        for (int h = 0; h < HEADS; h++) std::memcpy(scores + h * width + t, here + h * TOKENS, TOKENS * sizeof(float));
+    }
+}
+
+// Attention of HEADS heads [HEADS][row] over `length` tokens, out [HEADS][latent]; see attend_to_pages.
+template <int HEADS, class T>
+void attend_to_rows(
+    const T* queries, const LatentSizes& sizes, int64_t length, const T* pages, const int32_t* table, float scale, T* out) {
+    static thread_local std::vector<float> scores;
+    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE, stride = PAGE * sizes.row;
+    if (int64_t(scores.size()) < HEADS * width) scores.resize(size_t(HEADS * width * 3 / 2));
+    for (int64_t p = 0; p < num_pages; p++) {
+        const T* next = pages + table[p + 1 < num_pages ? p + 1 : p] * stride;
+        score_latents<HEADS>(
+            queries, sizes.row, pages + table[p] * stride, next, scale, scores.data() + p * PAGE, width);
+    }
+    float inverse_total[HEADS];
+    make_weights(scores.data(), length, inverse_total);
+    mix_tokens(scores.data(), inverse_total, pages, sizes.row, stride, table, length, sizes.latent, out);
 }
 
 // Attention of every token over the latents of its row up to its own; four heads share each load of a page.
 template <class T>
 void attend_to_latents(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const LatentSizes& sizes = model.latent;
-    const int64_t size = sizes.latent + sizes.rotated, heads = model.query_heads, parts = (heads + 3) / 4;
+    const int64_t heads = model.query_heads, parts = (heads + 3) / 4;
     const auto attend_some = [&](int64_t token, int64_t head, auto count) {
-        static thread_local std::vector<float> scores;
-        constexpr int HEADS = decltype(count)::value;
-        const int64_t length = tokens.positions[token] + 1;
-        const size_t room = size_t(HEADS * ((length + PAGE - 1) / PAGE) * PAGE);
-        if (scores.size() < room) scores.resize(room * 3 / 2);
-        attend_to_pages<HEADS>(
-            static_cast<const T*>(scratch.absorbed) + token * scratch.absorbed_stride + head * size, size, sizes.latent,
-            length, static_cast<const T*>(layer.pages), PAGE * (size + sizes.latent),
-            tokens.tables + tokens.table_of[token] * tokens.table_stride, model.attention_scale, scores.data(),
+        attend_to_rows<decltype(count)::value>(
+            static_cast<const T*>(scratch.absorbed) + token * scratch.absorbed_stride + head * sizes.row, sizes,
+            tokens.positions[token] + 1, static_cast<const T*>(layer.pages),
+            tokens.tables + tokens.table_of[token] * tokens.table_stride, model.attention_scale,
             static_cast<T*>(scratch.mixed) + token * scratch.mixed_stride + head * sizes.latent);
     };
     team.share(tokens.count * parts, [&](Range work) {

@@ -52,6 +52,7 @@ struct Layer {
 // Sizes of latent attention; `latent` is 0 in models that have another.
 struct LatentSizes {
     int64_t query_latent, latent, rotated, plain, value;
+    int64_t row;  // what is kept of a token: latent, rotated part and zeros up to a multiple of 32
     float norm_epsilon;
 };
 
@@ -93,7 +94,7 @@ struct Scratch {
     // Of latent attention; null without.
     void* query_latents;  // T
     void* queries;        // [columns of latent.queries], T
-    void* absorbed;       // [heads x (latent + rotated)], T
+    void* absorbed;       // [heads x row of LatentSizes], T
     void* mixed;          // [heads x latent], T
     int64_t query_latents_stride, queries_stride, absorbed_stride, mixed_stride;
 

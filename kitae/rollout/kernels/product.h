@@ -76,11 +76,11 @@ template <int ROWS>
 inline __attribute__((always_inline)) void add_products(
     f32x16 (&sums)[ROWS][VECTORS], const bf16* x, int64_t stride, const bf16* w) {
     u32x16 column[VECTORS];
-    std::memcpy(column, w, sizeof column);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) column[v] = load_pairs(w + v * LANES * 2);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
-        uint32_t pair;
-        std::memcpy(&pair, x + r * stride, sizeof pair);
+        const uint32_t pair = pair_at(x + r * stride);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sums[r][v] = add_pairs(sums[r][v], pair, column[v]);
     }

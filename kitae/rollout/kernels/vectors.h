@@ -36,6 +36,20 @@ inline f32x16 load(const bf16* from) {
     return (f32x16)(__builtin_convertvector(x, u32x16) << 16);
 }
 
+// Sixteen pairs of neighbours. (Copied into an array of vectors at once, they would go by way of memory.)
+inline u32x16 load_pairs(const bf16* from) {
+    u32x16 x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// Two neighbours.
+inline uint32_t pair_at(const bf16* from) {
+    uint32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return pair;
+}
+
 inline void store(float* to, f32x16 x) { std::memcpy(to, &x, sizeof x); }
 
 // Rounds to the nearest, ties to even; a NaN stays one.

@@ -1,0 +1,103 @@
+"""kitae serve as a process: token, ready line and file, signals, a taken port."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from kitae.cli.main import main
+from kitae.serve.access import Gate, new_key, read_key
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KITAE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "serve"
+
+
+def test_it_says_when_it_is_ready_guards_its_token_and_ends_cleanly(tiny, home, tmp_path):
+    words = [
+        "serve",
+        str(tiny()),
+        "--port",
+        "0",
+        "--engine",
+        "generic",
+        "--ready_file",
+        str(tmp_path / "ready.json"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kitae", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.umask(0),
+    )
+    try:
+        ready = json.loads(process.stdout.readline())
+        assert json.loads((tmp_path / "ready.json").read_text()) == ready
+        assert ready["url"].startswith("http://127.0.0.1:") and len(ready["models"]) == 1
+        file = home / f"{ready['url'].rpartition(':')[2]}.token"
+        assert str(file) == ready["api_key_file"]
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(home.stat().st_mode) == 0o700
+        key = read_key(file)
+        request = urllib.request.Request(
+            f"{ready['url']}/v1/models", headers={"Authorization": f"Bearer {key}"}
+        )
+        with urllib.request.urlopen(request) as response:
+            assert json.load(response)["data"][0]["id"] == ready["models"][0]
+        assert key not in open(f"/proc/{process.pid}/cmdline").read()
+        port = ready["url"].rpartition(":")[2]
+        assert main(["serve", str(tiny()), "--port", port]) == 69
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, errors = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "") and key not in errors
+    assert not file.exists() and not (tmp_path / "ready.json").exists()
+
+
+def test_a_key_file_that_others_can_read_is_refused(home, tmp_path, capsys):
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    file.chmod(0o644)
+    assert main(["serve", "m", "--port", "0", "--api_key_file", str(file)]) == 2
+    assert f"run: chmod 600 {file}" in capsys.readouterr().err
+    file.chmod(0o600)
+    assert read_key(file) == "secret"
+    file.write_text("\u00e9\n", encoding="utf-8")
+    assert main(["serve", "m", "--port", "0", "--api_key_file", str(file)]) == 2
+    assert "characters that a header cannot carry" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_found_before_anything_is_loaded(home, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "/no/such/model", "--port", str(taken.getsockname()[1])]) == 69
+    assert "choose another --port" in capsys.readouterr().err
+
+
+def test_the_gate_compares_bytes():
+    gate = Gate("right")
+    assert gate.admits(b"Bearer right") and gate.admits(b"bearer right")
+    for wrong in (
+        None,
+        b"",
+        b"right",
+        b"Bearer",
+        b"Bearer righ",
+        b"Basic right",
+        b"Bearer \xff\xfe",
+        b"Bearer right x",
+    ):
+        assert not gate.admits(wrong), wrong
+    assert len({new_key() for _ in range(100)}) == 100 and len(new_key()) >= 43
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from kitae.cli.main import main; main(['serve', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
