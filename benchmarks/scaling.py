@@ -2,8 +2,8 @@
 
     one process per point (training) or curve (sampling) --JSON--> docs/benchmarks/scaling.json --> one SVG per curve
 
-TRL's packed training, without recomputing activations, stands beside kitae where both can do the same. Points are measured
-once: the curves show shapes, run_all.py measures ratios. `--draw` draws anew what was measured before.
+TRL, without recomputing activations, stands beside kitae in training. Points are measured once: the curves show shapes,
+run_all.py measures ratios. `--draw` draws anew what was measured before.
 """
 
 from __future__ import annotations
@@ -64,27 +64,20 @@ def main() -> None:
 
 
 def by_length(options: argparse.Namespace) -> dict[str, Any]:
-    def point(length: int, name: str) -> float:
-        return training_us(options, name, size="5m", rows=TOKENS // length, length=length)
-
-    return curve(LENGTHS, ["kitae", TRL], point)
+    points = [
+        training_us(options, TRL, size="5m", rows=TOKENS // length, length=length) for length in LENGTHS
+    ]
+    return joined(LENGTHS, points)
 
 
 def by_vocabulary(options: argparse.Namespace) -> dict[str, Any]:
-    def point(vocab_size: int, name: str) -> float:
-        return training_us(options, name, size="5m", rows=8, vocab_size=vocab_size)
-
-    return curve(VOCABULARIES, ["kitae", PACKED], point)
+    points = [training_us(options, PACKED, size="5m", rows=8, vocab_size=size) for size in VOCABULARIES]
+    return joined(VOCABULARIES, points)
 
 
 def by_model(options: argparse.Namespace) -> dict[str, Any]:
-    millions: list[float] = []
-
-    def point(size: str, name: str) -> float:
-        return training_us(options, name, size=size, rows=8, millions=millions)
-
-    found = curve(MODELS, ["kitae", PACKED], point)
-    return found | {"x": sorted(set(millions))}
+    points = [training_us(options, PACKED, size=size, rows=8) for size in MODELS]
+    return joined([point.pop("millions") for point in points], points)
 
 
 def by_group(options: argparse.Namespace) -> dict[str, Any]:
@@ -95,48 +88,41 @@ def by_queue(options: argparse.Namespace) -> dict[str, Any]:
     return sampling(options, "queue", size="5m")
 
 
-def curve(x: list[Any], names: list[str], point: Callable[[Any, str], float]) -> dict[str, Any]:
-    """Contenders take turns at every point."""
-    lines: dict[str, list[float]] = {name: [] for name in names}
-    for value in x:
-        for name in names:
-            lines[name].append(point(value, name))
-            print(f"  {value}  {name}: {lines[name][-1]:,.1f}", file=sys.stderr, flush=True)
+def joined(x: list[Any], points: list[dict[str, float]]) -> dict[str, Any]:
+    """Points of several contenders as one line each."""
+    lines = {name: [point[name] for point in points] for name in points[0] if name != "millions"}
     return {"x": x, "lines": lines}
 
 
 def training_us(
     options: argparse.Namespace,
-    name: str,
+    peer: str,
     *,
     size: str,
     rows: int,
     length: int | None = None,
     vocab_size: int | None = None,
-    millions: list[float] | None = None,
-) -> float:
-    """Microseconds of an SFT step per real token, by one contender in a process of its own."""
+) -> dict[str, float]:
+    """Microseconds of an SFT step per real token, by kitae and a peer in turn; and the model's million parameters."""
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
         make = [sys.executable, str(HERE / "chat_workload.py"), folder, "--size", size]
         make += ["--rows", str(rows * STEPS)]
         make += ["--length", str(length)] if length else []
         make += ["--vocab-size", str(vocab_size)] if vocab_size else []
         made = harness.measure(Contender("workload", make)).values
-        if millions is not None:
-            millions.append(made["parameters"] / 1e6)
+        point = {"millions": made["parameters"] / 1e6}
         precision = "bfloat16" if made["fast_bfloat16"] else "float32"
         shared = ["--folder", folder, "--precision", precision, "--batch-size", str(rows), "--lora-rank", "0"]
         shared += ["--steps", str(STEPS), "--warmup", str(WARMUP)]
-        if name != PACKED:
+        if peer == TRL:
             shared += ["--max-length", str(max(LENGTHS))]
-        if name == "kitae":
-            command = [sys.executable, str(HERE / "sft_kitae.py"), *shared]
-        else:
-            variant = "packed" if name == PACKED else "default"
-            command = [options.peer_python, str(HERE / "sft_trl.py"), "--variant", variant, *shared]
-            command += ["--gradient-checkpointing", "off"]
-        measured = harness.measure(Contender(name, command, harness.thread_env(options.threads)))
-    return 1e6 / float(measured.values["tokens_per_s"])
+        trl = [options.peer_python, str(HERE / "sft_trl.py"), "--gradient-checkpointing", "off"]
+        trl += ["--variant", "packed" if peer == PACKED else "default"]
+        for name, command in {"kitae": [sys.executable, str(HERE / "sft_kitae.py")], peer: trl}.items():
+            contender = Contender(name, [*command, *shared], harness.thread_env(options.threads))
+            point[name] = 1e6 / float(harness.measure(contender).values["tokens_per_s"])
+    print(f"  {size} {length or vocab_size or ''}: {point}", file=sys.stderr, flush=True)
+    return point
 
 
 def sampling(options: argparse.Namespace, name: str, *, size: str) -> dict[str, Any]:

@@ -40,8 +40,8 @@ IN_README = {
     "sft-moe": ["trl", "trl-packed-best"],
     "dpo": ["trl", "trl-best"],
     "grpo": ["trl", "trl-best"],
-    "rollout-bfloat16": ["generate", "llama.cpp"],
-    "continuous": ["continuous"],
+    "rollout-bfloat16": ["generate", "continuous", "llama.cpp"],
+    "rollout-float32": ["generate", "llama.cpp"],
     "stream-bfloat16": ["llama.cpp"],
     "startup": ["trl"],
 }

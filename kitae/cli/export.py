@@ -65,7 +65,7 @@ class Settings(Section):
     """gguf: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m or q4_0, in any case; more bits make a larger and truer file.
     Other types of llama.cpp are written by llama-quantize, where that is on the PATH."""
     adapter_only: bool = False
-    """gguf: write the adapter itself, for llama.cpp's --lora, instead of merging it into its base."""
+    """gguf: write the adapter itself, which llama.cpp loads beside the base, instead of merging it."""
     pre_tokenizer: str | None = None
     """gguf: llama.cpp's name for how the tokenizer cuts text; default: the one that cuts probing strings the same way."""
     prompts_file: str | None = None

@@ -8,7 +8,6 @@ Where a model cannot be run here, its tensors are compared all the same, and the
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kitae.errors import KitaeError, ModelError
+from kitae.export.convert import How
 from kitae.export.gguf_file import require_gguf
 from kitae.export.gguf_lora import check_lora
 from kitae.export.gguf_metadata import model_metadata
@@ -99,7 +99,7 @@ def verify(
     """Compare exports with the model or adapter they were made of; `passed` of the report says whether all are fit."""
     source = open_source(reference, base=base, dequantize=dequantize)
     folder = source.adapter or source.weights.folder
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = How(output=Path(), num_workers=threads).threads
     rows: list[Checked] = []
     exam, said, why = _sit(source, folder, prompts)
     if exam is not None and said is not None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_it_says_when_it_is_ready_guards_its_token_and_ends_cleanly(tiny, home, 
         )
         with urllib.request.urlopen(request) as response:
             assert json.load(response)["data"][0]["id"] == ready["models"][0]
-        assert key not in open(f"/proc/{process.pid}/cmdline").read()
+        assert key not in Path(f"/proc/{process.pid}/cmdline").read_text()
         port = ready["url"].rpartition(":")[2]
         assert main(["serve", str(tiny()), "--port", port]) == 69
     finally:

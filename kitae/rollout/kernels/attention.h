@@ -17,6 +17,7 @@
 namespace kitae {
 
 constexpr int PAGE = 16;  // tokens
+constexpr int AHEAD = 3;  // pages between the one whose keys are used and the one whose keys are fetched
 
 // Normalise (Qwen3) and rotate one head of a query or key in place (arXiv:2104.09864, halves instead of pairs).
 inline void prepare_head(float* head, const float* norm, const Model& model, int64_t position) {
@@ -80,6 +81,8 @@ inline void score_page(
     for (int64_t d = 0; d < size; d += 4) {
         __builtin_prefetch(next + d * PAGE, 0, 3);
         __builtin_prefetch(next + (d + 2) * PAGE, 0, 3);
+        __builtin_prefetch(keys + (size + d) * PAGE, 0, 2);  // the page's values
+        __builtin_prefetch(keys + (size + d + 2) * PAGE, 0, 2);
         const u32x16 first = load_pairs(keys + d * PAGE), second = load_pairs(keys + (d + 2) * PAGE);
 #pragma GCC unroll 4
         for (int r = 0; r < QUERIES; r++) {
@@ -156,7 +159,7 @@ void attend_to_pages(
     const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
     for (int64_t p = 0; p < num_pages; p++) {
         const T* keys = pages + table[p] * stride;
-        const T* next = pages + table[p + 1 < num_pages ? p + 1 : p] * stride;
+        const T* next = pages + table[p + AHEAD < num_pages ? p + AHEAD : num_pages - 1] * stride;
         f32x16 here[QUERIES];
         score_page<QUERIES>(queries, size, keys, next, here);
         for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);

@@ -13,6 +13,8 @@ namespace kitae {
 constexpr int LANES = 16;
 
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -80,19 +82,24 @@ inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
 
 // The sixteen added up, always in the same order: halves onto halves.
 inline float sum_of(f32x16 x) {
-    float a[LANES];
-    std::memcpy(a, &x, sizeof a);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
-    return a[0];
+    f32x8 halves[2];
+    std::memcpy(halves, &x, sizeof halves);
+    const f32x8 eight = halves[0] + halves[1];
+    f32x4 quarters[2];
+    std::memcpy(quarters, &eight, sizeof quarters);
+    const f32x4 four = quarters[0] + quarters[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 inline float largest_of(f32x16 x) {
-    float a[LANES];
-    std::memcpy(a, &x, sizeof a);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-    return a[0];
+    f32x8 halves[2];
+    std::memcpy(halves, &x, sizeof halves);
+    const f32x8 eight = halves[0] > halves[1] ? halves[0] : halves[1];
+    f32x4 quarters[2];
+    std::memcpy(quarters, &eight, sizeof quarters);
+    const f32x4 four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
 }
 
 // e^x within 2 ulp, 0 below -87: x = n ln 2 + r, e^r by a polynomial, 2^n by adding n to the exponent.
