@@ -1,6 +1,7 @@
 """How cost grows with length, group, vocabulary, queue and model: `python benchmarks/scaling.py --peer-python PATH`.
 
-    one process per point (training) or curve (sampling) --JSON--> docs/benchmarks/scaling.json --> one SVG per curve
+    one process per point (training) or curve (sampling) --JSON--> docs/benchmarks/scaling.json --> one SVG per curve,
+    which docs/benchmarks.md shows
 
 TRL, without recomputing activations, stands beside kitae in training. Points are measured once: the curves show shapes,
 run_all.py measures ratios. `--draw` draws anew what was measured before.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import tables
 from harness import Contender
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +30,10 @@ LENGTHS = [128, 256, 512, 1024, 2048, 4096]
 TOKENS = 4096
 """Tokens of a step, whatever their rows' length."""
 VOCABULARIES = [8192, 16384, 32768, 65536, 151936]
-MODELS = ["5m", "30m", "110m"]
+MODELS = ["5m", "30m", "100m"]
 STEPS, WARMUP = 3, 1
+PICTURES = re.compile(r"(<!-- curves: begin -->\n).*?(<!-- curves: end -->)", re.DOTALL)
+"""Where docs/benchmarks.md shows them."""
 TRL, PACKED = "TRL", "TRL, packed"
 
 
@@ -61,6 +66,16 @@ def main() -> None:
         numbers.write_text(json.dumps(found, indent=1) + "\n")
     for name, points in found.items():
         draw(CURVES[name], points, options.folder / f"{name}.svg")
+    if options.folder == FOLDER:
+        page = tables.DOCS.read_text(encoding="utf-8")
+        tables.DOCS.write_text(with_pictures(page, found), encoding="utf-8")
+
+
+def with_pictures(page: str, found: dict[str, Any]) -> str:
+    """The page with all pictures that were drawn, in order."""
+    drawn = [(name, what) for name, what in CURVES.items() if name in found]
+    lines = [f"![{what.title}: {what.y} against {what.x}](benchmarks/{name}.svg)\n" for name, what in drawn]
+    return PICTURES.sub(lambda block: f"{block[1]}{chr(10).join(lines)}{block[2]}", page)
 
 
 def by_length(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,27 +151,27 @@ def sampling(options: argparse.Namespace, name: str, *, size: str) -> dict[str, 
 
 CURVES = {
     "length": Curve(
-        f"SFT of a 5 M model: {TOKENS:,} tokens a step, in rows of one length",
+        f"SFT of a 5 M model, {TOKENS:,} tokens a step in rows of one length",
         "tokens of a row",
         "microseconds per token",
         by_length,
     ),
     "group": Curve(
-        "Sampling of a 30 M model: a group shares its prompt of 512 tokens; 32 new tokens each",
+        "Sampling of a 30 M model, prompts of 512 tokens, 32 new tokens each",
         "completions",
         "seconds",
         by_group,
     ),
     "vocabulary": Curve(
-        "SFT of 4 layers of 256: vocabulary", "vocabulary", "microseconds per token", by_vocabulary
+        "SFT of a model with 4 layers of 256", "vocabulary", "microseconds per token", by_vocabulary
     ),
     "queue": Curve(
-        "Sampling of a 5 M model, 128 rows at a time: completions waiting",
+        "Sampling of a 5 M model, 128 rows at a time",
         "completions queued",
         "milliseconds per token",
         by_queue,
     ),
-    "model": Curve("SFT: size of the model", "million parameters", "microseconds per token", by_model),
+    "model": Curve("SFT of models of three sizes", "million parameters", "microseconds per token", by_model),
 }
 
 
@@ -174,7 +189,7 @@ def draw(what: Curve, points: dict[str, Any], path: Path) -> None:
     shown = [f"{value:,.0f}" for value in points["x"]]
     axes.set_xticks(points["x"], shown)
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(max(values) for values in points["lines"].values()))
     axes.set_title(what.title, fontsize=10)
     axes.set_xlabel(what.x)
     axes.set_ylabel(what.y)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kitae.errors import ConfigError
 
@@ -273,8 +273,15 @@ class SamplingSettings(Section):
     """Above 1 makes tokens that already occurred less likely (arXiv:1909.05858)."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """Never repeat an n-gram of this many tokens; 0 allows it."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
+    stop: list[str] = []
     """Strings that end a completion, wherever they occur in its text; they are not part of it. More of them end more."""
+
+    @field_validator("stop")
+    @classmethod
+    def _has_no_empty_string(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("an empty string is in every text; leave it out")
+        return stop
 
 
 class CompletionSettings(Section):

@@ -329,7 +329,7 @@ def _plain(weights: Weights, source: str, change: Change | None, kind: str) -> P
     is_changed = False
     for before, after in _values(weights, source, change):
         out = after.to(DTYPES[kind])
-        is_changed |= before is not None and not torch.equal(out, before.to(DTYPES[kind]))
+        is_changed = is_changed or (before is not None and not torch.equal(out, before.to(DTYPES[kind])))
         yield 0, shards.as_bytes(fp8.require_finite(out, name=source) if change else out)
     return is_changed
 
@@ -340,7 +340,7 @@ def _quantized(
     is_changed = False
     for before, after in _values(weights, source, change):
         small, scale = fp8.quantize_rows(fp8.require_finite(after, name=source), power_of_two=power_of_two)
-        is_changed |= before is not None and not torch.equal(after, before)
+        is_changed = is_changed or (before is not None and not torch.equal(after, before))
         yield 0, shards.as_bytes(small)
         yield 1, shards.as_bytes(scale.to(scale_dtype))
     return is_changed

@@ -25,11 +25,8 @@ class Judge:
 
     def score(self, groups: Groups) -> Scores:
         """A score per rollout, grouped alike."""
-        judging = self.begin()
-        for place, group in enumerate(groups):
-            for sample, rollout in enumerate(group):
-                judging.see(place, sample, rollout)
-        return judging.scores(groups)
+        scores = iter(self._rewards.score([(r.text, r.problem) for group in groups for r in group]))
+        return [[next(scores) for _ in group] for group in groups]
 
     def begin(self) -> Judging:
         """The judging of groups that are still to be sampled."""

@@ -232,7 +232,7 @@ class HttpEngine:
             "seed": request_seed(seed, problem.index, sample) % 2**31,
         }
         default = SamplingSettings()
-        for name in NOT_PLAIN:
+        for name in ("stop", *NOT_PLAIN):
             if getattr(sampling, name) != getattr(default, name):
                 fields[name] = getattr(sampling, name)
         fields |= self.endpoint.extra_body or {}

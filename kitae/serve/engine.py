@@ -9,6 +9,7 @@ with an error; the thread and the other lanes go on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -197,7 +198,7 @@ class EngineThread:
             if event.finish_reason is not None:
                 del self._tickets[event.request]
         for loop, tickets in _by_loop(news).items():
-            loop.call_soon_threadsafe(self._hand_over, tickets)
+            _tell(loop, self._hand_over, tickets)
 
     def _hand_over(self, news: list[tuple[Ticket, list[Progress]]]) -> None:
         """In the event loop: one wake-up for all tickets of a step."""
@@ -228,7 +229,13 @@ def _by_loop(
 
 
 def _put(ticket: Ticket, news: list[list[TokenScore | None]] | Exception) -> None:
-    ticket.loop.call_soon_threadsafe(ticket.queue.put_nowait, news)
+    _tell(ticket.loop, ticket.queue.put_nowait, news)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, what: Callable[..., None], news: object) -> None:
+    """Call it in the event loop; one that has been closed has nobody left to tell."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(what, news)
 
 
 def _log_unless_users(error: Exception) -> None:

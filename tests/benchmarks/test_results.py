@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
 import run_all  # noqa: E402
+import scaling  # noqa: E402
 import tables  # noqa: E402
 
 RATIO = {"median": 4.0, "low": 3.5, "high": 4.25}
@@ -110,3 +111,12 @@ def test_a_driver_run_with_a_stopped_benchmark_keeps_what_was_measured(tmp_path,
     with pytest.raises(SystemExit, match="failed: dpo"):
         run_all.main()
     assert "sft: measured on" in capsys.readouterr().out
+
+
+def test_the_documentation_shows_the_curves_that_were_measured():
+    found = json.loads(scaling.NUMBERS.read_text()) if scaling.NUMBERS.exists() else {}
+    page = tables.DOCS.read_text(encoding="utf-8")
+    assert scaling.PICTURES.search(page) and page == scaling.with_pictures(page, found)
+    for name, points in found.items():
+        assert scaling.NUMBERS.with_name(f"{name}.svg").is_file()
+        assert {len(values) for values in points["lines"].values()} == {len(points["x"])}

@@ -61,7 +61,7 @@ def test_what_is_sent_is_what_the_settings_say(endpoint):
     engine = engine_of(
         endpoint, api_key=f" {KEY}\n", extra_body={"max_completion_tokens": 9, "max_tokens": None}
     )
-    sampling = SAMPLING.model_copy(update={"top_k": 20})
+    sampling = SAMPLING.model_copy(update={"top_k": 20, "stop": ["END"]})
     ask(engine, sampling=sampling)
     assert endpoint.bodies[0] == {
         "model": "teacher",
@@ -70,6 +70,7 @@ def test_what_is_sent_is_what_the_settings_say(endpoint):
         "temperature": 0.5,
         "top_p": 1.0,
         "top_k": 20,
+        "stop": ["END"],
         "seed": request_seed(5, 10, 2) % 2**31,
     }
     assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"

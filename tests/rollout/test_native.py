@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from kitae import compiler
 from kitae.config import LoraSettings, ModelSettings, SamplingSettings
 from kitae.data.collate import collate
 from kitae.errors import ConfigError, DataError, NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
-from kitae import compiler
 from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine

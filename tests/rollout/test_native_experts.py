@@ -146,6 +146,11 @@ def test_log_probs_are_those_of_the_learner(root: Path, kernels: ctypes.CDLL, sh
     assert (ratio_N - 1).abs().max().item() <= 1e-5
 
 
+def kept(groups: list[list[Rollout]]) -> list[list[int]]:
+    """Of each token of all rollouts, the ids that top-p left."""
+    return [ids for group in groups for r in group for ids in r.kept_ids or []]
+
+
 def test_it_draws_the_tokens_the_generic_engine_draws(root: Path, kernels: ctypes.CDLL):
     for shape in SOME:
         policy = policy_of(folder_of(root, shape))
@@ -156,7 +161,10 @@ def test_it_draws_the_tokens_the_generic_engine_draws(root: Path, kernels: ctype
                 for engine in (engine_of(policy, kernels), generic)
             )
             assert tokens(ours) == tokens(theirs)
-            assert [[r.kept_ids for r in g] for g in ours] == [[r.kept_ids for r in g] for g in theirs]
+            edges = [len(set(a) ^ set(b)) for a, b in zip(kept(ours), kept(theirs), strict=True)]
+            # Rounding may put the token at the edge of top-p on either side.
+            assert max(edges, default=0) <= 1
+            assert sum(edges) <= 0.01 * len(edges)
 
 
 @pytest.mark.parametrize("shape", SOME)

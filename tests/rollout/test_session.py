@@ -198,3 +198,8 @@ def test_a_cancelled_request_that_waited_never_runs(engine_of: EngineOf):
     assert first.token_ids and third.token_ids
     session.cancel(first)
     assert first.finish_reason != "cancelled"
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match="an empty string is in every text"):
+        SamplingSettings(stop=["end", ""])

@@ -192,7 +192,8 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         const auto some = [&](auto count) {
             constexpr int QUERIES = decltype(count)::value;
             attend_to_pages<QUERIES>(
-                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(), out + r * size);
+                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(),
+                out + r * size);
             r += QUERIES;
         };
         while (r + 4 <= shared) some(std::integral_constant<int, 4>{});

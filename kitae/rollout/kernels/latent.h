@@ -4,8 +4,9 @@
 // multiplied with key_up instead, and meets the latents as they lie in the pages; what attention gives is a sum of latents,
 // which value_up turns into a head's value.
 //
-//   hidden -> query latent -> norm -> queries -> key_up -> \                                    .
-//   hidden -> latent -> norm, rotated part -> pages -------> attention over latents -> value_up -> out
+//   queries: hidden -> query latent -> norm -> heads -> key_up
+//   keys:    hidden -> latent -> norm, rotated part -> pages
+//   attention over latents -> value_up -> out
 //
 // Pages: [page][16 tokens][row], T: a token's latent, its rotated part, and zeros up to a multiple of 32.
 #pragma once
