@@ -53,10 +53,10 @@ WAYS = {"full": {}, "LoRA": {"lora_rank": RANK}, "QLoRA": {"lora_rank": RANK, "n
 HEAD = f"""# Memory
 
 What a run needs is estimated from the model's configuration before any weight is read; a model that cannot fit is refused
-with the numbers and the least change that would fit. The log says both parts:
+with the numbers and the least change that would fit. The log says both parts (here R1-Distill-Qwen-1.5B with LoRA):
 
-    memory: 3.60 GiB needed, activations aside; 21.40 free
-    activations: about 2103.5 MiB per 1,024 tokens of a forward pass (196.1 with model.gradient_checkpointing true, ...)
+    memory: 3.62 GiB needed, activations aside; 21.40 free
+    activations: about 2008.0 MiB per 1,024 tokens of a forward pass (161.5 with model.gradient_checkpointing true, ...)
 
 ## What is counted
 

@@ -47,3 +47,7 @@ def test_the_rest_of_the_page_is_as_it_was_generated():
     assert text.startswith(memory.HEAD)
     for shape in memory.SHAPES:
         assert f"{shape.parameters:,} |" in text
+    example = memory.SHAPES[0].config
+    for recompute in (False, True):
+        kept = memory.activation_bytes(example, num_tokens=1024, element=2, recompute=recompute)
+        assert f"{kept / 2**20:.1f}" in memory.HEAD
