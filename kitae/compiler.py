@@ -140,7 +140,7 @@ def compile_kernels(file: Path, *, main: Path, compiler: str, runtime: str) -> N
 
 def _run(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} does not work ({error})") from error
     if done.returncode != 0:
@@ -150,9 +150,10 @@ def _run(command: list[str]) -> None:
 
 def _version(compiler: str) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+        done = subprocess.run([compiler, "--version"], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} does not work ({error})") from error
+    return done.stdout.decode(errors="replace")
 
 
 def _load(file: Path, functions: Sequence[str]) -> ctypes.CDLL | None:

@@ -23,7 +23,7 @@ def text_of(endpoint: Endpoint) -> str:
             ("models", ", ".join(info["models"])),
             ("base URL", f"{url}/v1"),
             ("token", endpoint.token),
-            ("chat", f"kitae chat --endpoint {url} --token {endpoint.token}"),
+            ("chat", f"kitae chat --endpoint {url} --token_file {endpoint.token_file}"),
             ("stop", f"kitae endpoints stop {endpoint.name}"),
         ]
     lines.append(("log", info["log"]))

@@ -19,7 +19,13 @@ def check(
     """Compare what was just written with what it was made of; a failure takes its name away and raises GateError."""
     from kitae.export.verify import verify
 
-    report = verify(reference, [output], base=base, dequantize=dequantize, threads=threads)
+    try:
+        report = verify(reference, [output], base=base, dequantize=dequantize, threads=threads)
+    except BaseException:
+        print(
+            f"kitae: {output} is whole, but was not checked; kitae export verify does that", file=sys.stderr
+        )
+        raise
     return _settle(report, output)
 
 
@@ -40,6 +46,8 @@ def _settle(report: dict[str, Any], output: Path) -> dict[str, Any]:
     rejected = output.with_name(output.name + REJECTED)
     if rejected.is_dir():
         shutil.rmtree(rejected)
+    else:
+        rejected.unlink(missing_ok=True)
     output.replace(rejected)
     where = path if path.exists() else rejected / path.name
     raise GateError(

@@ -23,8 +23,12 @@ class Remote:
 
     def __init__(self, endpoint: str, *, token: str | None, model: str | None = None) -> None:
         """`endpoint` may end in /v1 or not; without `model` the endpoint's first one is taken."""
-        url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/v1"))
-        if url.scheme not in ("http", "https") or not url.hostname:
+        try:
+            url = urllib.parse.urlsplit(endpoint.rstrip("/").removesuffix("/v1"))
+            is_whole = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            is_whole = False
+        if not is_whole:
             raise EndpointError(
                 f"--endpoint is {endpoint!r}; write its address, such as http://127.0.0.1:8000"
             )

@@ -34,13 +34,13 @@ class Settings(UseSettings):
     model: str = ""
     """A model folder, hub id, run or adapter; with endpoint the name of one of its models, by default the first."""
     max_new_tokens: int = Field(2048, ge=1)
-    """Longest answer in tokens; less where the model's context ends."""
+    """Longest answer in tokens; less where the model's context ends. With endpoint the server's own limit, unless given."""
     endpoint: str | None = None
     """Address of an OpenAI-compatible server, such as kitae serve's; default: the model is loaded here."""
     token: str | None = None
     """The endpoint's token. Others on this machine can read a command line; token_file is safer."""
     token_file: str | None = None
-    """File with the endpoint's token."""
+    """File whose first line is the endpoint's token."""
     system: str | None = None
     """The same as system_prompt: a system turn put before the conversation."""
     no_think: bool = False
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
         talker, name = LocalTalker(open_model(use), use), use.model
     else:
         remote = Remote(use.endpoint, token=_token(use), model=use.model or None)
-        talker, name = RemoteTalker(remote, use), remote.model
+        limit = use.max_new_tokens if "max_new_tokens" in notes.origins else None
+        talker, name = RemoteTalker(remote, use, limit=limit), remote.model
     print(f"{name}: {HELP}", file=sys.stderr)
     conversation = Conversation(talker, folds=use.fold)
     while (line := _read_line()) is not None and line != "/exit":
@@ -104,7 +105,7 @@ def _token(use: Settings) -> str | None:
     if use.token_file is None:
         return use.token
     try:
-        return Path(use.token_file).expanduser().read_text(encoding="utf-8").strip()
+        return Path(use.token_file).expanduser().read_text(encoding="utf-8").partition("\n")[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--token_file: cannot read {use.token_file}: {error}") from error
 
@@ -191,13 +192,12 @@ class LocalTalker:
 class RemoteTalker:
     """A model behind an address."""
 
-    def __init__(self, remote: Remote, use: Settings) -> None:
+    def __init__(self, remote: Remote, use: Settings, *, limit: int | None) -> None:
+        """`limit`: the most tokens of an answer; None leaves it to the server, which knows the model's context."""
         self._remote, self._use = remote, use
-        self._fields: dict[str, Any] = {
-            "temperature": use.temperature,
-            "top_p": use.top_p,
-            "max_tokens": use.max_new_tokens,
-        }
+        self._fields: dict[str, Any] = {"temperature": use.temperature, "top_p": use.top_p}
+        if limit is not None:
+            self._fields["max_tokens"] = limit
         for name in EXTENSIONS:
             if getattr(use, name) != Settings.model_fields[name].get_default():
                 self._fields[name] = getattr(use, name)

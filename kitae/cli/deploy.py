@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
     from kitae.jobs import endpoints
 
-    endpoint = endpoints.deploy(words, model=use.model, name=name)
+    endpoint = endpoints.deploy(words, model=use.model, grace_s=use.grace_s, name=name)
     print(
         f"endpoint {endpoint.name} is starting; its log is {endpoint.job.folder / 'output.log'}",
         file=sys.stderr,

@@ -11,7 +11,7 @@ from kitae.plugins import did_you_mean
 USAGE = """usage: kitae endpoints list [--json]          all of them, also those that have ended
        kitae endpoints info NAME [--json]     state, URL and token
        kitae endpoints log NAME               the last lines that it printed
-       kitae endpoints stop NAME [...]        end it; answers under way have 20 s
+       kitae endpoints stop NAME [...]        end it; answers under way have --grace_s to finish
        kitae endpoints remove NAME [...]      forget one that has ended, with its token and log"""
 VERBS = ("list", "info", "log", "stop", "remove")
 

@@ -209,7 +209,7 @@ def _serve_external(use: Settings, name: str, adapters: dict[str, Path]) -> int:
         command = external.command(use.engine, wanted)
         facts = {"url": url, "models": command.models, "api_key_file": str(key_file or "")}
         return external.run(
-            command, url=url, key=key, grace_s=use.grace_s, on_ready=lambda: _say_ready(use, port, facts)
+            command, url=url, grace_s=use.grace_s, on_ready=lambda: _say_ready(use, port, facts)
         )
     finally:
         _forget(use, port)

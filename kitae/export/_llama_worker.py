@@ -59,6 +59,17 @@ class _Server:
         }  # fmt: skip
         return self.ask("/completion", {**body, **more})
 
+    def likeliest(self, ids: list[int], *, count: int) -> list[dict[str, Any]]:
+        """The likeliest next tokens, each an `id` with its `logprob` as the model gives it, whatever is said then."""
+        said = self.complete(ids, tokens=1, n_probs=count)
+        if (
+            "completion_probabilities" not in said
+        ):  # nothing is told of a token that is but part of a character
+            letter = self.ask("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
+            said = self.complete(ids, tokens=1, n_probs=count, logit_bias=[[letter, FORCED_BIAS]])
+        found: list[dict[str, Any]] = said["completion_probabilities"][0]["top_logprobs"]
+        return found
+
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Everything the job asks for."""
@@ -67,8 +78,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     for prompt, forced in job["sequences"]:
         row = []
         for i in range(len(forced)):
-            said = server.complete(prompt + forced[:i], tokens=1, n_probs=job["top"])
-            top = said["completion_probabilities"][0]["top_logprobs"]
+            top = server.likeliest(prompt + forced[:i], count=job["top"])
             row.append([[entry["id"] for entry in top], [entry["logprob"] for entry in top]])
         positions.append(row)
     greedy = []

@@ -26,6 +26,8 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"
+REPORT = "kitae_verify.json"
+"""What the gate found; it holds for one export only."""
 
 
 def stamp(path: Path) -> list[Any]:
@@ -81,7 +83,7 @@ def _is_same(folder: Path, identity: Mapping[str, Any]) -> bool:
 
 def carry(folder: Path, base: Path, adapter: Path | None) -> None:
     """Copy tokenizer, templates, generation config and whatever else the model has; the adapter's own come first."""
-    left_out = {INDEX, MANIFEST, "config.json", *ADAPTER_FILES, *OURS, *SUPERVISORS}
+    left_out = {INDEX, MANIFEST, REPORT, "config.json", *ADAPTER_FILES, *OURS, *SUPERVISORS}
     found = {
         path.name: path
         for path in base.iterdir()

@@ -113,6 +113,15 @@ def _latent_attention(writer: Any, config: Mapping[str, Any]) -> None:
 def _rope(writer: Any, config: Mapping[str, Any]) -> None:
     kind, rope = _rope_of(config)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"config.json has partial_rotary_factor {rope['partial_rotary_factor']}; llama.cpp turns whole heads of "
+            f"{config['model_type']}"
+        )
+    if kind == "llama3" and config["model_type"] != "llama":
+        raise ModelError(
+            f"config.json has rope_type 'llama3'; llama.cpp computes {config['model_type']} without it"
+        )
     if kind in ("default", "llama3"):  # llama3's change is a tensor of its own
         return
     if kind not in ("linear", "yarn"):

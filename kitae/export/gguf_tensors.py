@@ -99,7 +99,7 @@ def targets_of(source: Source) -> list[Target]:
         used |= {f"model.layers.{number}.{part}" for number in extra for part in layers[number]}
     for number in range(num_layers):
         found += _layer(source, number, layers.get(number, []))
-    if source.config.get("model_type") == "llama" and (factors := llama3_factors(config)) is not None:
+    if (factors := llama3_factors(config)) is not None:
         found.append(Target("rope_freqs.weight", tuple(factors.shape), lambda: iter([factors[None]]), ()))
     used |= {name for target in found for name in target.sources}
     if left := sorted(names - used):

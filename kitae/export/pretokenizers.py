@@ -72,24 +72,27 @@ PROBES = (
 
 def find_pretokenizer(tokenizer: Any) -> str:
     """llama.cpp's name for how a tokenizers.Tokenizer (untyped) of byte-level BPE cuts text."""
+    differences = {}
+    for name in EXPRESSIONS:
+        differences[name] = unlike_probes(tokenizer, name)
+        if not differences[name]:
+            return name
+    nearest = min(differences, key=lambda name: len(differences[name]))
+    unlike = differences[nearest]
+    raise ModelError(
+        f"no pre-tokenizer of llama.cpp that kitae knows cuts text as this tokenizer does; the nearest, {nearest}, cuts "
+        f"{len(unlike)} of {len(PROBES)} probes otherwise, such as {json.dumps(unlike[0])}; name one with --pre_tokenizer"
+    )
+
+
+def unlike_probes(tokenizer: Any, name: str) -> list[str]:
+    """The probes that llama.cpp's pre-tokenizer of a name in EXPRESSIONS cuts otherwise than a tokenizers.Tokenizer."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-    own = [_pieces(tokenizer.pre_tokenizer, text) for text in PROBES]
-    differences = {}
-    for name, expressions in EXPRESSIONS.items():
-        splits = [Split(Regex(expression), "isolated") for expression in expressions]
-        theirs = Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
-        unlike = [i for i, text in enumerate(PROBES) if _pieces(theirs, text) != own[i]]
-        if not unlike:
-            return name
-        differences[name] = (len(unlike), PROBES[unlike[0]])
-    nearest = min(differences, key=lambda name: differences[name][0])
-    count, text = differences[nearest]
-    raise ModelError(
-        f"no pre-tokenizer of llama.cpp that kitae knows cuts text as this tokenizer does; the nearest, {nearest}, cuts "
-        f"{count} of {len(PROBES)} probes otherwise, such as {json.dumps(text)}; name one with --pre_tokenizer"
-    )
+    splits = [Split(Regex(expression), "isolated") for expression in EXPRESSIONS[name]]
+    theirs = Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+    return [text for text in PROBES if _pieces(theirs, text) != _pieces(tokenizer.pre_tokenizer, text)]
 
 
 def _pieces(pretokenizer: Any, text: str) -> list[str]:

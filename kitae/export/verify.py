@@ -18,12 +18,14 @@ from torch import Tensor
 
 from kitae.errors import KitaeError, ModelError
 from kitae.export.convert import How
+from kitae.export.folders import REPORT
 from kitae.export.gguf_file import require_gguf
 from kitae.export.gguf_lora import check_lora
 from kitae.export.gguf_metadata import model_metadata
 from kitae.export.gguf_read import Opened, open_gguf
 from kitae.export.gguf_tensors import architecture
 from kitae.export.gguf_vocab import load_template, tokenizer_metadata
+from kitae.export.pretokenizers import EXPRESSIONS, find_pretokenizer, unlike_probes
 from kitae.export.source import Source, open_source
 from kitae.export.verify_answers import (
     TOP,
@@ -38,6 +40,7 @@ from kitae.export.verify_answers import (
 )
 from kitae.export.verify_tensors import Tensors, check_tensors
 from kitae.export.weights import Weights, open_weights
+from kitae.models.files import read_json
 from kitae.train.files import finite, write_json
 
 log = logging.getLogger(__name__)
@@ -56,9 +59,9 @@ ALLOWED_KL = {
     "F32": 1e-4, "BF16": 0.01, "F16": 0.01, "F8_E4M3": 0.05, "packed": 0.3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.1,
     "Q5_1": 0.1, "Q5_0": 0.1, "Q4_K": 0.3, "Q4_0": 0.3,
 }  # fmt: skip
-"""Nats, the mean over positions, by the coarsest type that many weights have."""
+"""Nats, the mean over positions, by the type most matrices have; of a GGUF file by its coarsest."""
 ALLOWED_KL_OTHERS = 1.0
-REPORT = "kitae_verify.json"
+GENERATION = "generation_config.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -204,6 +207,8 @@ def _check(
         found.failures += found.tensors.failures
         if opened is not None:
             found.failures += _metadata_differences(opened, source)
+        else:
+            found.failures += _end_differences(candidate, source)
         if exam is not None and said is not None:
             answers = _ask(candidate, opened, source, exam, said, threads=threads)
             _judge(found, said, answers)
@@ -297,6 +302,27 @@ def _kind_of_gguf(opened: Opened) -> str:
     return sorted(others)[0] if others else max(kinds, key=lambda kind: list(ALLOWED_KL).index(kind))
 
 
+def _end_differences(folder: Path, source: Source) -> list[str]:
+    """Where a folder tells other programs to end completions otherwise than what it was made of."""
+    told = source.weights.folder
+    if source.adapter is not None and (source.adapter / GENERATION).is_file():
+        told = source.adapter
+    wanted, found = _ends(told), _ends(folder)
+    if not wanted or wanted == found:
+        return []
+    return [f"{GENERATION} and config.json end completions at ids {sorted(found)}, not {sorted(wanted)}"]
+
+
+def _ends(folder: Path) -> set[int]:
+    """eos_token_id as transformers and engines read it: of generation_config.json, else of config.json."""
+    for name in (GENERATION, "config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        ids = content.get("eos_token_id")
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
 def _metadata_differences(opened: Opened, source: Source) -> list[str]:
     """What a file says otherwise than it would if it were written now: tokens, ids, template, sizes."""
     gguf = require_gguf()
@@ -312,7 +338,20 @@ def _metadata_differences(opened: Opened, source: Source) -> list[str]:
             found.append(f"{key} is missing")
         elif not _is_same(value.value, opened.metadata[key]):
             found.append(f"{key} is {_short(opened.metadata[key])}, not {_short(value.value)}")
+    if opened.metadata.get("tokenizer.ggml.model") == "gpt2":
+        found += _pretokenizer_differences(pre, tokenizer.backend_tokenizer)
     return found
+
+
+def _pretokenizer_differences(pre: Any, core: Any) -> list[str]:
+    """How a file's pre-tokenizer cuts text otherwise than the tokenizer, where one is known that does not."""
+    try:
+        known = find_pretokenizer(core)
+    except ModelError:  # single characters, or one that was named by hand: the prompts' ids tell
+        return []
+    if pre == known or pre not in EXPRESSIONS or not (unlike := unlike_probes(core, pre)):
+        return []
+    return [f"tokenizer.ggml.pre is {pre}, which cuts {_short(unlike[0])} otherwise than {known}"]
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -8,6 +8,7 @@ server writes when it answers requests: its URL and the names of its models.
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import secrets
@@ -27,8 +28,8 @@ from kitae.jobs.supervisor import read
 from kitae.plugins import did_you_mean
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,80}")
-GRACE_S = 20.0
-"""How long a server that is asked to end may finish the answers it is giving."""
+MORE_S = 5.0
+"""So much longer than for the answers under way has a server that is asked to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,11 @@ class Endpoint:
     @property
     def token(self) -> str:
         """What requests carry as bearer token."""
-        return (self.job.folder / "token").read_text(encoding="ascii").strip()
+        return self.token_file.read_text(encoding="ascii").strip()
+
+    @property
+    def token_file(self) -> Path:
+        return self.job.folder / "token"
 
     @property
     def url(self) -> str | None:
@@ -62,11 +67,14 @@ class Endpoint:
         return "loading" if state == "running" and not self.ready() else state
 
     def answers(self, *, timeout_s: float = 2.0) -> bool:
-        """Whether it answers just now."""
+        """Whether it answers just now; no proxy is asked."""
+        if (url := self.url) is None:
+            return False
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=timeout_s) as response:
+            with opener.open(f"{url}/health", timeout=timeout_s) as response:
                 return bool(response.status == 200)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return False
 
     def info(self) -> dict[str, Any]:
@@ -112,8 +120,10 @@ def find(name: str) -> Endpoint:
     return known[name]
 
 
-def deploy(words: Sequence[str], *, model: str, name: str | None = None) -> Endpoint:
+def deploy(words: Sequence[str], *, model: str, grace_s: float, name: str | None = None) -> Endpoint:
     """Start `kitae serve WORDS` as a job, and return at once. `model` names the endpoint where `name` does not.
+
+    `grace_s` is how long the server lets answers under way finish when it is asked to end.
 
     A name whose endpoint has ended is used again; one that is alive is refused.
     """
@@ -128,7 +138,7 @@ def deploy(words: Sequence[str], *, model: str, name: str | None = None) -> Endp
             *(sys.executable, "-m", "kitae", "serve", *words),
             *("--api_key_file", str(folder / "token"), "--ready_file", str(folder / "ready.json")),
         ],
-        grace_s=GRACE_S,
+        grace_s=grace_s + MORE_S,
         facts={"model": model},
     )
     return Endpoint(job)

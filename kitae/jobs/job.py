@@ -42,6 +42,8 @@ class Job:
         except BlockingIOError as error:
             raise LockedError(f"{folder} holds a job that is running; stop it first") from error
         try:
+            for left in ("supervisor.json", "stop.json", "ended.json"):  # of a job that has ended
+                (folder / left).unlink(missing_ok=True)
             supervisor.put(
                 folder / "job.json",
                 {

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 POLL_S = 0.2
+ASKING_S = 0.2
+"""Longer than anybody who only asks whether a file is locked holds its lock."""
 LOG_LIMIT = 200 * 2**20
 """Bytes of output.log after which its older part goes to output.log.1."""
 
@@ -102,24 +104,36 @@ def _kill_group(pid: int) -> None:
 
 
 def lock_file(path: Path) -> int:
-    """A descriptor that holds the lock on a file; BlockingIOError when somebody else does."""
+    """A descriptor that holds the lock on a file; BlockingIOError when somebody else does for longer than to ask."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    deadline = time.monotonic() + ASKING_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise
+            time.sleep(ASKING_S / 20)
+        except OSError:
+            os.close(descriptor)
+            raise
+        else:
+            return descriptor
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on a file."""
+    """Whether a process holds the lock on a file. Asking takes a shared lock, so several may ask at the same time."""
     try:
-        os.close(lock_file(path))
-    except BlockingIOError:
-        return True
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
     return False
 
 

@@ -40,8 +40,9 @@ class SharedInput:
     def output_of(self, layer: Any, x: Tensor) -> Tensor:
         """What `layer` gives for x; every layer must have a plain adapter."""
         if self._input is not x or id(layer) not in self._waiting:
-            self._input = x
+            # Nothing is kept before it: where torch recomputes a layer, it ends here by an exception.
             outputs = adapted_linears(self.layers, x)
+            self._input = x
             self._waiting = {id(own): y for own, y in zip(self.layers, outputs, strict=True)}
         y = self._waiting.pop(id(layer))
         if not self._waiting:
@@ -53,7 +54,7 @@ def install(causal_lm: nn.Module) -> None:
     """Let every adapted linear of the model compute here; call it again after adapters were added."""
     from peft.tuners.lora.layer import LoraLayer
 
-    groups: dict[tuple[str, tuple[str, ...]], list[Any]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[str, ...], int], list[Any]] = defaultdict(list)
     for name, module in causal_lm.named_modules():
         if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), nn.Linear):
             continue
@@ -62,7 +63,7 @@ def install(causal_lm: nn.Module) -> None:
             continue
         parent, _, own = name.rpartition(".")
         together = next((names for names in SAME_INPUT if own in names), (own,))
-        groups[parent, together].append(layer)
+        groups[parent, together, layer.get_base_layer().in_features].append(layer)
     for layers in groups.values():
         shared = SharedInput(layers)
         if len(layers) > 1:
@@ -84,9 +85,8 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     if not hasattr(self, "parameter_name"):
         y = type(self).forward(self, x)
         return y
-    y = self.base_layer(
-        x
-    )  # a weight that peft adapts as a parameter: without adding W and B A up, as peft would
+    # A weight that peft adapts as a parameter: without adding W and B A up, as peft would.
+    y = self.base_layer(x)
     for name in active_adapters(self):
         y = y + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
     return y

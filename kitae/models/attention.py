@@ -78,7 +78,7 @@ class Runs:
 
 
 def runs_of(packing: Packing) -> Runs | None:
-    """The packing for the kernels, derived once; None where a prefix is not the beginning of a segment."""
+    """The packing for the kernels, derived once; None where a prefix is not the beginning of a segment that has none."""
     if "runs" not in packing.plans:
         packing.plans["runs"] = _runs(packing)
     runs: Runs | None = packing.plans["runs"]
@@ -86,7 +86,7 @@ def runs_of(packing: Packing) -> Runs | None:
 
 
 def _runs(packing: Packing) -> Runs | None:
-    lengths = {s.start: s.length for s in packing.segments}
+    lengths = {s.start: s.length for s in packing.segments if not s.prefix_length}
     by_prompt: dict[int, list[Segment]] = {}
     for s in packing.segments:
         if s.prefix_length > lengths.get(s.prefix_start, 0):
@@ -96,9 +96,8 @@ def _runs(packing: Packing) -> Runs | None:
     def cost(segments: list[Segment]) -> int:
         return sum(s.length * (2 * s.prefix_length + s.length) for s in segments)
 
-    runs = sorted(
-        by_prompt.values(), key=cost, reverse=True
-    )  # whoever is free takes the next: long ones first
+    # Whichever thread is free takes the next: long ones first.
+    runs = sorted(by_prompt.values(), key=cost, reverse=True)
     groups = [0, *accumulate(map(len, runs))]
     return Runs(torch.tensor([s for run in runs for s in run]), torch.tensor(groups))
 

@@ -94,15 +94,17 @@ def estimate(meta_model: Any, plan: Plan) -> Estimate:
         trainable=trained,
         weight_bytes=int(weights),
         training_bytes=training,
-        sampler_bytes=_packed_size(meta_model) * element if plan.packed_copy and not plan.nf4 else 0,
+        sampler_bytes=_packed_bytes(meta_model, plan.dtype) if plan.packed_copy and not plan.nf4 else 0,
     )
 
 
-def _packed_size(causal_lm: Any) -> int:
-    """Weights of the native engine's copy: all but an embedding that is not the head, which it reads in place."""
+def _packed_bytes(causal_lm: Any, dtype: torch.dtype) -> int:
+    """The native engine's copy: all but an embedding that is not the head, which it reads in place; float16 in float32."""
     total: int = sum(p.numel() for p in causal_lm.parameters())
     embedding, head = causal_lm.get_input_embeddings().weight, causal_lm.get_output_embeddings().weight
-    return total if head is embedding else total - int(embedding.numel())
+    if dtype == torch.float16:
+        return 4 * (total + int(embedding.numel()) if head is embedding else total)
+    return dtype.itemsize * (total if head is embedding else total - int(embedding.numel()))
 
 
 def adapter_size(causal_lm: Any, targets: Targets, rank: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kitae.compiler import BuildError, Source, load_library
+from kitae.errors import ModelError
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +230,16 @@ def target_logprobs_(
     pointers = (logits_NV, targets_N, rows, vocabulary, temperature, scales_N, *said)
     _call("kitae_target_logprobs", logits_NV, *pointers)
     return said
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model has not: a kernel would read, or write, beyond its memory."""
+    smallest, largest = (int(x) for x in ids.aminmax())
+    if smallest < 0 or largest >= vocabulary:
+        raise ModelError(
+            f"token id {smallest if smallest < 0 else largest} is none of the model's {vocabulary}: the tokenizer does "
+            "not belong to it; set model.tokenizer to its own"
+        )
 
 
 def add_(total: Tensor, x: Tensor) -> None:

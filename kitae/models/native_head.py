@@ -26,6 +26,8 @@ def chunked_logprobs(
     budget_bytes: int = BUDGET_BYTES["cpu"],
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the targets and entropies, as heads.chunked_logprobs gives them; native.fits the first three."""
+    if len(targets_N):
+        native.check_ids(targets_N, len(weight_VH))
     task = _Task(targets_N, temperature, rows_per_chunk(len(hidden_NH), len(weight_VH), budget_bytes))
     outputs: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight_VH, bias_V, task, coefficients_N

@@ -102,7 +102,7 @@ class Setup:
         self._also_saved.append(save)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End what runs beside the recipe: the thread that samples ahead, and the reward processes."""
         if self._background is not None:
             self._background.close()
         for rewards in self._rewards:
@@ -290,6 +290,7 @@ class Setup:
         if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") != "generic":
             how["packed_types"] = MODEL_TYPES
         policy = load(self._model, lora=self.cfg.lora, **how)
+        self.run.identify(training_kernels="native" if policy.seams.kernels else "torch")
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)

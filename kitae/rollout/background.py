@@ -51,16 +51,17 @@ class BackgroundEngine:
         """The same in a thread, which also calls on_rollout."""
         self._wait()
 
-        def tell(place: int, sample: int, rollout: Rollout) -> None:
+        def check(place: int, sample: int, token_ids: list[int]) -> None:
             if self._is_closed.is_set():
                 raise CancelledError
-            on_rollout(place, sample, rollout)
 
-        self._running = self._thread.submit(self._engine.generate, problems, on_rollout=tell, **how)
+        self._running = self._thread.submit(
+            self._engine.generate, problems, on_tokens=check, on_rollout=on_rollout, **how
+        )
         return self._running
 
     def close(self) -> None:
-        """Give up what runs; it ends with the next completion that is finished."""
+        """Give up what runs; it ends with its next tokens."""
         self._is_closed.set()
         self._thread.shutdown()
 

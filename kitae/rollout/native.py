@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kitae.config import SamplingSettings
+from kitae.models.native import check_ids
 from kitae.models.policy import Policy
 from kitae.rollout import structs
 from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
@@ -160,6 +161,7 @@ class NativeRows:
     def _prefill(self, prompts: list[list[int]], tables: list[list[int]]) -> None:
         """Fill the prompts' pages; the logits of each prompt's last token are in its row afterwards."""
         ids = torch.tensor([token for prompt in prompts for token in prompt])
+        check_ids(ids, self._model.num_embeddings)
         positions = torch.cat([torch.arange(len(p), dtype=torch.int32) for p in prompts])
         lengths = torch.tensor([len(p) for p in prompts])
         table_of = torch.arange(len(prompts), dtype=torch.int32).repeat_interleave(lengths)

@@ -206,6 +206,11 @@ class PackedModel:
         return self._tensors[name]
 
     @property
+    def num_embeddings(self) -> int:
+        """Token ids are below it."""
+        return len(self._tensors["embedding"])
+
+    @property
     def numbers_per_token(self) -> int:
         """What a layer keeps of a token in its pages."""
         return self.struct.latent.row or 2 * self.key_heads * self.head_size

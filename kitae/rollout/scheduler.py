@@ -16,8 +16,6 @@ from kitae.rollout.base import Request
 
 PARTS = 4
 """A group larger than all slots is cut so that about this many parts run at a time: one ends, the next enters."""
-
-
 ENTER_AT = 8
 """Nobody enters before an eighth of the rows is free, so that many prompts share one prefill."""
 

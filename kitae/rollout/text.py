@@ -20,9 +20,8 @@ class GrowingText:
         """`stop`: strings that end the completion, none of them empty."""
         self._decode, self._stop = decode, stop
         self._ids: list[int] = []
-        self._context = self._settled = (
-            0  # ids before _settled are decoded for good, beside those from _context on
-        )
+        # Ids before _settled are decoded for good, beside those from _context on.
+        self._context = self._settled = 0
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self._new = ""
         self._undecided = ""

@@ -8,7 +8,6 @@ Everything but /health needs the token. A request that cannot be served is a Ref
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -17,19 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from kitae.config import SamplingSettings
 from kitae.data.chat import THINKING_ON
 from kitae.data.formats import RowError
 from kitae.serve.access import Gate
-from kitae.serve.answering import Answering, ClientGone, EventStream, Scores
-from kitae.serve.answers import Frame, to_json
+from kitae.serve.answering import Answering, EventStream, Scores
+from kitae.serve.answers import Frame
 from kitae.serve.choices import ChatChoice, TextChoice
 from kitae.serve.engine import EngineThread, Job, Ticket
+from kitae.serve.guard import Guard, as_json, failed, handled, http_error
 from kitae.serve.metrics import Metrics
 from kitae.serve.refusals import Refusal
 from kitae.serve.schemas import Asked, ChatAsked, CompletionAsked, parse
@@ -39,13 +39,10 @@ from kitae.types import Problem
 if TYPE_CHECKING:
     from kitae.data.chat import Template
 
-log = logging.getLogger(__name__)
-
 CHARACTERS_PER_TOKEN = 8
 """A text of more characters than this times the context is refused before it is tokenised, which would take long."""
 INLINE_CHARACTERS = 20_000
 """Longer texts are tokenised beside the event loop."""
-OPEN_PATHS = ("/health",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +98,8 @@ class Service:
     async def health(self, _request: Request) -> Response:
         """Whether it works."""
         if self.is_draining or not self.engine.is_alive:
-            return _json({"status": "ending" if self.is_draining else "the engine has died"}, status=503)
-        return _json({"status": "ok"})
+            return as_json({"status": "ending" if self.is_draining else "the engine has died"}, status=503)
+        return as_json({"status": "ok"})
 
     async def metrics_text(self, _request: Request) -> Response:
         """Prometheus' numbers."""
@@ -110,11 +107,11 @@ class Service:
 
     async def models(self, _request: Request) -> Response:
         """All models."""
-        return _json({"object": "list", "data": [self._model(name) for name in self.engine.lanes]})
+        return as_json({"object": "list", "data": [self._model(name) for name in self.engine.lanes]})
 
     async def model(self, request: Request) -> Response:
         """One model."""
-        return _json(self._model(self._find(request.path_params["name"])))
+        return as_json(self._model(self._find(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
         """A chat completion."""
@@ -143,9 +140,11 @@ class Service:
         begun = time.monotonic()
         asked = parse(CompletionAsked, await self._body(request))
         lane = self._find(asked.model)
-        prompts = [await self._encode(prompt) for prompt in asked.prompts()]
-        if not prompts:
+        given = asked.prompts()
+        if not given:
             raise Refusal("prompt is empty", param="prompt")
+        self._require_place(len(given) * (asked.n or 1))  # before the work of encoding them
+        prompts = await self._encode(given)
         limit = 16 if asked.max_tokens is None else asked.max_tokens  # OpenAI's default
         if limit == 0 and not asked.echo:
             raise Refusal("max_tokens can be 0 only with echo", param="max_tokens")
@@ -240,22 +239,26 @@ class Service:
         except RowError as error:
             raise Refusal(str(error), param="messages") from error
 
-    async def _encode(self, prompt: str | list[int]) -> list[int]:
-        """A prompt as it stands: control tokens in it are control tokens."""
-        if isinstance(prompt, str):
-            self._check_characters(len(prompt), param="prompt")
-            encode = self.template.tokenizer.encode
-            ids: list[int] = (
-                encode(prompt) if len(prompt) < INLINE_CHARACTERS else await asyncio.to_thread(encode, prompt)
-            )
+    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Prompts as they stand: control tokens in them are control tokens."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        for text in texts:
+            self._check_characters(len(text), param="prompt")
+        if sum(map(len, texts)) < INLINE_CHARACTERS:
+            found = self._ids_of(prompts)
         else:
-            ids = prompt
+            found = await asyncio.to_thread(self._ids_of, prompts)
+        for ids in found:
+            if not ids:
+                raise Refusal("a prompt has no tokens to continue from", param="prompt")
             wrong = next((i for i in ids if not 0 <= i < self.limits.vocabulary), None)
             if wrong is not None:
                 raise Refusal(f"token id {wrong} is not below {self.limits.vocabulary}", param="prompt")
-        if not ids:
-            raise Refusal("a prompt has no tokens to continue from", param="prompt")
-        return ids
+        return found
+
+    def _ids_of(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        encode = self.template.tokenizer.encode
+        return [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def _check_characters(self, size: int, *, param: str) -> None:
         if size > CHARACTERS_PER_TOKEN * self.limits.context:
@@ -308,7 +311,7 @@ class Service:
         self, request: Request, asked: Asked, frame: Frame, jobs: list[Job], choices_of: Any, begun: float
     ) -> Response:
         ticket = Ticket(lane=frame.model, jobs=jobs, loop=asyncio.get_running_loop())
-        self._require_place(ticket.num_choices)
+        self._require_place(ticket.num_places)
         self.engine.submit(ticket)
         answering = Answering(
             engine=self.engine,
@@ -339,51 +342,6 @@ class Service:
             )
 
 
-class Guard:
-    """The outermost layer: lets in who has the token, and gives every failure OpenAI's shape."""
-
-    def __init__(self, app: ASGIApp, *, gate: Gate, service: Service) -> None:
-        self._app, self._gate, self._metrics = app, gate, service.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        status = 0
-
-        async def counting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            self._admit(scope)
-            await self._app(scope, receive, counting)
-        except (ClientGone, ClientDisconnect):
-            status = 499  # nobody reads it; the name is nginx's
-        except Refusal as refusal:
-            await _refuse(refusal)(scope, receive, counting)
-        except Exception as error:
-            log.exception("a request failed", exc_info=error)
-            if not status:
-                await (await _failed(Request(scope), error))(scope, receive, counting)
-        finally:
-            self._metrics.requests.labels(_known_path(scope["path"]), str(status)).inc()
-
-    def _admit(self, scope: Scope) -> None:
-        if scope["path"] in OPEN_PATHS:
-            return
-        headers = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(headers) != 1 or not self._gate.admits(headers[0]):
-            raise Refusal(
-                "this needs the server's token: Authorization: Bearer TOKEN",
-                status=401,
-                code="invalid_api_key",
-            )
-
-
-PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/metrics")
-
-
 def make_app(service: Service, *, gate: Gate) -> ASGIApp:
     """The whole application."""
     routes = [
@@ -395,41 +353,11 @@ def make_app(service: Service, *, gate: Gate) -> ASGIApp:
         Route("/metrics", service.metrics_text),
     ]
     app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _http_error, Refusal: _handled, Exception: _failed}
+        routes=routes, exception_handlers={HTTPException: http_error, Refusal: handled, Exception: failed}
     )
     app.router.redirect_slashes = False
-    return Guard(app, gate=gate, service=service)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException), error
-    reason = {404: "there is nothing at", 405: "this method is not allowed at"}.get(
-        error.status_code, error.detail
-    )
-    return _refuse(Refusal(f"{reason} {request.url.path}", status=error.status_code))
-
-
-async def _failed(_request: Request, _error: Exception) -> Response:
-    return _refuse(Refusal("the server failed; its log says why", status=500))  # Guard writes it there
-
-
-async def _handled(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal), error
-    return _refuse(error)
-
-
-def _refuse(refusal: Refusal) -> Response:
-    return _json(refusal.body(), status=refusal.status, headers=refusal.headers())
-
-
-def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(value), status_code=status, headers=headers, media_type="application/json")
+    return Guard(app, gate=gate, metrics=service.metrics)
 
 
 def _switches(value: bool) -> dict[str, bool]:
     return dict.fromkeys(THINKING_ON, value)
-
-
-def _known_path(path: str) -> str:
-    """A label with few values, whatever is asked for."""
-    return path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"

@@ -2,8 +2,9 @@
 
     event loop --submit, cancel--> commands --thread: one step of each busy lane--> events --call_soon--> a Ticket's queue
 
-Requests enter and leave between steps while others run. What goes wrong in one lane's step ends that lane's requests
-with an error; the thread and the other lanes go on.
+Requests enter and leave between steps while others run, and prompts are scored one pass between two steps. What goes
+wrong in one lane's step ends that lane's requests with an error; the thread and the other lanes go on. If the thread
+itself cannot go on, every request is told so, those that come later too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kitae.config import SamplingSettings
@@ -70,10 +72,13 @@ class Ticket:
     requests: list[Request] = field(default_factory=list)
     is_cancelled: bool = False
     num_choices: int = 0
+    num_places: int = 0
+    """What the queue counts: the choices, and a prompt that is only scored as one."""
     num_ended: int = 0
 
     def __post_init__(self) -> None:
         self.num_choices = sum(len(job.limits) for job in self.jobs)
+        self.num_places = sum(max(1, len(job.limits)) for job in self.jobs)
 
 
 class EngineThread:
@@ -83,10 +88,13 @@ class EngineThread:
         self.lanes = {lane.name: lane for lane in lanes}
         self._sessions: dict[str, Session] = {lane.name: lane.open_session() for lane in lanes}
         self._tickets: dict[Request, tuple[Ticket, int]] = {}
+        self._scoring: deque[tuple[Ticket, Iterator[None]]] = deque()
+        self._end: Exception | None = None
+        """What ended the thread's work."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kitae-engine", daemon=True)
         self.num_open = 0
-        """Completions submitted and not ended; written by the event loop only."""
+        """Places of what was submitted and has not ended; written by the event loop only."""
 
     def start(self) -> None:
         """Begin to compute."""
@@ -99,7 +107,7 @@ class EngineThread:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self._end is None
 
     @property
     def num_running(self) -> int:
@@ -109,14 +117,14 @@ class EngineThread:
 
     def submit(self, ticket: Ticket) -> None:
         """Put a ticket's jobs to work; its queue gets what comes of them."""
-        self.num_open += ticket.num_choices
+        self.num_open += ticket.num_places
         self._commands.put(lambda: self._enter(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody reads the ticket any more: its rows are free at the next step."""
         if not ticket.is_cancelled:
             ticket.is_cancelled = True
-            self.num_open -= ticket.num_choices - ticket.num_ended
+            self.num_open -= ticket.num_places - ticket.num_ended
             if ticket.num_ended < ticket.num_choices:
                 self._commands.put(lambda: self._leave(ticket))
             ticket.num_ended = ticket.num_choices
@@ -124,11 +132,24 @@ class EngineThread:
     # in the thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            log.exception("the engine cannot go on", exc_info=error)
+            self._end = error
+            for ticket in {ticket for ticket, _ in (*self._tickets.values(), *self._scoring)}:
+                _put(ticket, error)
+            self._tickets.clear()
+            while (command := self._commands.get()) is not None:
+                command()
+
+    def _work(self) -> None:
         while True:
-            is_idle = all(session.is_idle for session in self._sessions.values())
+            is_idle = not self._scoring and all(session.is_idle for session in self._sessions.values())
             try:
                 command = self._commands.get(block=is_idle)
             except queue.Empty:
+                self._score_pass()
                 self._step()
                 continue
             if command is None:
@@ -152,20 +173,54 @@ class EngineThread:
     def _enter(self, ticket: Ticket) -> None:
         if ticket.is_cancelled:
             return
-        lane = self.lanes[ticket.lane]
+        if self._end is not None:
+            _put(ticket, self._end)
+        elif any(job.scores_prompt for job in ticket.jobs):
+            self._scoring.append((ticket, self._score(ticket)))
+        else:
+            self._begin(ticket)
+
+    def _begin(self, ticket: Ticket) -> None:
         try:
-            scored = [job for job in ticket.jobs if job.scores_prompt]
-            if scored:
-                lane.activate()
-                texts = [job.problem.token_ids for job in scored]
-                news = score(lane.policy, texts, num_top=max(job.num_top_logprobs for job in scored))
-                _put(ticket, news)
             for job in ticket.jobs:
                 self._add(ticket, job)
         except Exception as error:  # one request's failure is its own
-            _log_unless_users(error)
-            self._leave(ticket)
-            _put(ticket, error)
+            self._refuse(ticket, error)
+
+    def _score_pass(self) -> None:
+        """One pass over prompts of the request that waits longest for it; then others have their turn."""
+        if not self._scoring:
+            return
+        ticket, passes = self._scoring.popleft()
+        if ticket.is_cancelled:
+            return
+        try:
+            self.lanes[ticket.lane].activate()
+            next(passes)
+        except StopIteration:
+            self._begin(ticket)
+        except Exception as error:  # one request's failure is its own
+            self._refuse(ticket, error)
+        else:
+            self._scoring.append((ticket, passes))
+
+    def _score(self, ticket: Ticket) -> Iterator[None]:
+        """Score a ticket's prompts pass by pass, and hand over what came of all of them."""
+        scored = [job for job in ticket.jobs if job.scores_prompt]
+        found: list[list[TokenScore | None]] = []
+        for part in score(
+            self.lanes[ticket.lane].policy,
+            [job.problem.token_ids for job in scored],
+            num_top=max(job.num_top_logprobs for job in scored),
+        ):
+            found += part
+            yield
+        _put(ticket, found)
+
+    def _refuse(self, ticket: Ticket, error: Exception) -> None:
+        _log_unless_users(error)
+        self._leave(ticket)
+        _put(ticket, error)
 
     def _add(self, ticket: Ticket, job: Job) -> None:
         if not job.limits:

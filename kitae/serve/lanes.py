@@ -6,7 +6,8 @@ the adapter is switched, which touches no weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,20 +103,35 @@ def _put_on(policy: Policy, adapters: Mapping[str, Path]) -> Any:
                     wrapper = PeftModel.from_pretrained(
                         policy.causal_lm, folder, adapter_name=name, autocast_adapter_dtype=False
                     )
-                else:
-                    wrapper.load_adapter(folder, name, is_trainable=False, autocast_adapter_dtype=False)
+                # For the first adapter too: only this tells what found no place.
+                loaded = wrapper.load_adapter(folder, name, is_trainable=False, autocast_adapter_dtype=False)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"--adapter {name}: {folder} does not fit this model: {reason[:500]}") from error
+        _require_all_in_place(name, folder, loaded)
     finish(policy.causal_lm, policy.dtype)
     policy.causal_lm.requires_grad_(False)
     policy.causal_lm.eval()
     return wrapper
 
 
+def _require_all_in_place(name: str, folder: Path, loaded: Any) -> None:
+    """Refuse an adapter of a deeper or shallower model, which peft loads in part; `loaded` is what it says of that."""
+    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+    left_over = list(loaded.unexpected_keys)
+    missing = [key for key in loaded.missing_keys if own.search(key)]
+    if left_over or missing:
+        raise ModelError(
+            f"--adapter {name}: {folder} does not fit this model: {len(left_over)} of its tensors have no place there and "
+            f"{len(missing)} are missing, such as {(left_over or missing)[0]}"
+        )
+
+
 def _check(name: str, folder: Path) -> None:
     if "." in name or "/" in name:
         raise ConfigError(f"--adapter {name}: a name cannot hold a dot or a slash")
+    if hasattr(torch.nn.ModuleDict(), name):  # peft keeps adapters in one, by name
+        raise ConfigError(f"--adapter {name}: torch has this word for itself; choose another name")
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"--adapter {name}: {folder} has no adapter_config.json, so it is no adapter")
     own = files.read_json(folder / "adapter_config.json")
@@ -147,24 +163,24 @@ class _Switch:
         self._active = adapter
 
 
-@torch.no_grad()
-def score(policy: Policy, texts: Sequence[Sequence[int]], *, num_top: int) -> list[list[TokenScore | None]]:
+def score(
+    policy: Policy, texts: Sequence[Sequence[int]], *, num_top: int
+) -> Iterator[list[list[TokenScore | None]]]:
     """How likely each token of each text is after those before it, and its `num_top` likeliest rivals; None for the first.
 
-    The numbers are the model's own, at temperature 1.
+    Texts come in their order, some with each pass. The numbers are the model's own, at temperature 1.
     """
-    found: list[list[TokenScore | None]] = []
     start = 0
     while start < len(texts):
         end, size = start + 1, len(texts[start])
         while end < len(texts) and size + len(texts[end]) <= SCORED_TOKENS:
             size += len(texts[end])
             end += 1
-        found += _score_pass(policy, texts[start:end], num_top)
+        yield _score_pass(policy, texts[start:end], num_top)
         start = end
-    return found
 
 
+@torch.no_grad()
 def _score_pass(
     policy: Policy, texts: Sequence[Sequence[int]], num_top: int
 ) -> list[list[TokenScore | None]]:
@@ -183,7 +199,7 @@ def _score_pass(
         logprobs_NV = policy.logits(hidden_TH[here]).log_softmax(-1)
         next_N = ids_T[here.start + 1 : here.stop + 1]
         chosen = logprobs_NV.gather(1, next_N[:, None])[:, 0].tolist()
-        top = logprobs_NV.topk(num_top)
+        top = logprobs_NV.topk(min(num_top, logprobs_NV.shape[1]))
         rows = zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True)
         scores += [TokenScore(value, dict(zip(ids, values, strict=True))) for value, ids, values in rows]
     return [[None, *scores[start : start + len(text) - 1]] for start, text in zip(starts, texts, strict=True)]

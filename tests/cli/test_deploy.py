@@ -32,17 +32,20 @@ def said(capsys, *words: str) -> tuple[int, str, str]:
 
 def test_deploy_gives_url_and_token_and_stop_ends_it(tiny, capsys):
     model = str(tiny("qwen3"))
-    code, out, _ = said(capsys, "deploy", model, "--name", "mine", "--temperature", "0")
+    code, out, _ = said(capsys, "deploy", model, "--name", "mine", "--temperature", "0", "--grace_s", "30")
     assert code == 0, out
     info = json.loads(said(capsys, "endpoints", "info", "mine", "--json")[1])
     assert info["state"] == "running" and "note" not in info and info["model"] == model
     assert f"{info['url']}/v1" in out and info["token"] in out
+    [chat] = [line for line in out.splitlines() if "kitae chat" in line]
+    assert "--token_file" in chat and info["token"] not in chat, "others can read a command line"
 
     asked = {"model": info["models"][0], "messages": [{"role": "user", "content": "1+1="}], "max_tokens": 4}
     assert post(info["url"], info["token"], asked)["usage"]["completion_tokens"] <= 4
     with pytest.raises(urllib.error.HTTPError, match="401"):
         post(info["url"], "wrong", asked)
 
+    assert endpoints.find("mine").job.facts()["grace_s"] > 30
     folder = endpoints.find("mine").job.folder
     assert stat.S_IMODE((folder / "token").stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

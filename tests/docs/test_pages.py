@@ -41,6 +41,7 @@ OTHER_FLAGS = {
     "--tp",
     "--ep",
     "--from",
+    "--no_wait",
     "--dry_run",
     "--json",
     "--logdir",
@@ -99,7 +100,7 @@ def parse(words):
         assert rest[0] in export.VERBS
         return export.parse(rest[0], rest[1:])
     if command == "endpoints":
-        assert rest[0] in ("list", "info", "stop")
+        assert not rest or rest[0] in ("list", "info", "stop")
         return None, SimpleNamespace(warnings=[])
     root, positional = {
         "evaluate": (evaluate.Settings, ("model",)),

@@ -292,6 +292,15 @@ def test_rows_that_do_not_fit_are_listed_and_an_unknown_model_is_refused(tiny, t
     (other / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
     with pytest.raises(ModelError, match="hidden_act 'gelu'"):
         write_gguf(str(other), How(output=tmp_path / "o.gguf"), kind="f16")
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    for rope, said in [
+        (llama3, "llama.cpp computes qwen3 without it"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "turns whole heads"),
+    ]:
+        (other / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+        with pytest.raises(ModelError, match=said):
+            write_gguf(str(other), How(output=tmp_path / "o.gguf"), kind="f16")
     assert not (tmp_path / "o.gguf").exists()
 
 

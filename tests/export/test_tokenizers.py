@@ -15,6 +15,7 @@ from kitae.export.convert import How
 from kitae.export.gguf import write_gguf
 from kitae.export.gguf_vocab import vocabulary
 from kitae.export.pretokenizers import EXPRESSIONS, PROBES, find_pretokenizer
+from kitae.export.verify import verify
 from kitae.export.verify_answers import run_llama_cpp
 from kitae.models.load import load_tokenizer
 from kitae.models.toy import make_model, make_tokenizer
@@ -80,6 +81,20 @@ def test_a_pretokenizer_is_known_by_what_it_does(name, tmp_path):
     tokenizer = byte_level(EXPRESSIONS[name])
     assert find_pretokenizer(tokenizer.backend_tokenizer) == name
     check(tokenizer, tmp_path)
+
+
+def test_the_gate_finds_a_pretokenizer_that_cuts_otherwise(tmp_path):
+    tokenizer = byte_level(EXPRESSIONS["qwen2"])
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "bos_token_id": None}
+    folder = make_model(tmp_path / "model", "llama", tokenizer=tokenizer, **sizes)
+    for pre, is_right in (("qwen2", True), ("llama-bpe", False)):
+        output = tmp_path / f"{pre}.gguf"
+        write_gguf(str(folder), How(output=output), kind="f32", pre_tokenizer=pre)
+        [row] = [row for row in verify(str(folder), [output])["rows"] if row["name"] == output.name]
+        told = "tokenizer.ggml.pre is llama-bpe, which cuts '1 22 333 4444 1234567' otherwise than qwen2"
+        assert (told in row["failures"]) != is_right
+        # Its random weights say parts of characters too, of which llama.cpp tells nothing by itself.
+        assert not is_right or not row["failures"]
 
 
 def test_an_unknown_pretokenizer_is_refused_unless_one_is_named(tmp_path):

@@ -128,6 +128,10 @@ def test_another_eos_is_caught(model, file, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|pad|>"}))
     assert "its chat template, system prompt or stop ids are others" in failures(model, folder)
 
+    folder = shutil.copytree(model, tmp_path / "other-eos")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 40}))
+    assert "end completions at ids [40], not [2]" in failures(model, folder)
+
 
 def test_another_template_is_caught(model, file, tmp_path):
     reader = edited(file)
@@ -187,6 +191,23 @@ def test_a_rejected_export_loses_its_name_and_exits_with_3(model, tmp_path, monk
     assert main(["export", "verify", str(model), "m.gguf"]) == 3 and (tmp_path / "m.gguf").is_file()
     with pytest.raises(GateError, match="failed the gate"):
         package.export("verify", model, candidates=["m.gguf"])
+
+
+def test_an_export_that_could_not_be_checked_says_so(model, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "verify", interrupted)
+    output = tmp_path / "m.gguf"
+    assert main(["export", "gguf", str(model), "--type", "q8_0", "--output", str(output)]) == 130
+    assert f"{output} is whole, but was not checked" in capsys.readouterr().err and output.is_file()
+
+
+def test_a_report_is_not_carried_to_another_export(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "source")
+    (folder / "kitae_verify.json").write_text('{"passed": true}')
+    command = ["export", "bf16-to-fp8", str(folder), "--output", str(tmp_path / "fp8"), "--no_verify"]
+    assert main(command) == 0 and not (tmp_path / "fp8" / "kitae_verify.json").exists()
 
 
 def test_what_cannot_be_run_is_compared_by_its_tensors_and_says_so(model, tmp_path, capsys):

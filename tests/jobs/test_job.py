@@ -1,10 +1,12 @@
 """Jobs outlive who started them, and the folder tells how they are and how they ended, whoever is killed."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -147,6 +149,29 @@ def test_a_folder_holds_one_job_at_a_time(start):
         Job.start(job.folder, ["true"], grace_s=1)
     wait_for(lambda: job.log_tail() == ["ready"])
     assert job.stop() == "stopped"
+
+
+def test_a_folder_is_used_again_without_what_the_last_job_left(start):
+    job = start(POLITE)
+    wait_for(lambda: job.log_tail() == ["ready"])
+    assert job.stop() == "stopped"
+    Job.start(job.folder, job.facts()["command"], grace_s=5)
+    wait_for(lambda: job.log_tail()[-1] == "ready" and job.state() == "running")
+    assert job.stop() == "stopped"
+
+
+def test_to_ask_whether_a_job_lives_is_no_lock(tmp_path):
+    path = tmp_path / "alive"
+    assert not supervisor.is_locked(path) and not path.exists()
+    path.touch()
+    with path.open() as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # somebody else is just asking
+        assert not supervisor.is_locked(path)
+        threading.Timer(0.05, fcntl.flock, (another, fcntl.LOCK_UN)).start()
+        held = supervisor.lock_file(path)
+    assert supervisor.is_locked(path)
+    os.close(held)
+    assert not supervisor.is_locked(path)
 
 
 def test_a_long_log_is_shortened_and_goes_on(start, monkeypatch, tmp_path):

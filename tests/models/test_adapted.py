@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitae.config import LoraSettings, SeamSettings
-from kitae.models.adapted import adapted_linears
+from kitae.models.adapted import adapted_linears, install
 from tests.models.conftest import batch_of, random_row
 
 R = 4
@@ -109,6 +110,16 @@ def test_linears_of_one_input_are_computed_at_once_and_each_alone_where_inputs_d
         torch.testing.assert_close(found, plain_output(layer, read), rtol=1e-5, atol=1e-5)
 
 
+def test_linears_that_read_inputs_of_other_sizes_are_no_group():
+    """Cross-attention: queries of the text, keys of something else."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 6), "k_proj": nn.Linear(12, 6)}).requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=R, target_modules=["q_proj", "k_proj"]), model)
+    install(model)
+    for layer in model.values():
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(layer(x), plain_output(layer, x))
+
+
 def test_weights_of_one_input_lie_behind_each_other_and_keep_their_values(policy_of, plain_model):
     policy, model = policy_of("qwen3", lora=LoraSettings(rank=R)), plain_model("qwen3")
     mlp = policy.causal_lm.model.layers[0].mlp
@@ -129,6 +140,15 @@ def test_recomputing_activations_changes_no_adapters_gradient(family, policy_of)
         found.append(adapter_grads(policy, batch_of(ROWS)))
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_is_kept_alive_after_a_backward_that_recomputes(policy_of):
+    """torch ends the second forward of a layer by an exception in the middle of its last adapted linear."""
+    policy = policy_of("qwen3", lora=LoraSettings(rank=R), gradient_checkpointing=True)
+    adapter_grads(policy, batch_of(ROWS))
+    adapted = [m for m in policy.causal_lm.modules() if hasattr(m, "shared_input")]
+    assert len(adapted) == 14
+    assert all(m.shared_input._input is None and not m.shared_input._waiting for m in adapted)
 
 
 def test_dropout_falls_on_the_adapters_input_in_training_only(policy_of):

@@ -39,14 +39,17 @@ def test_ranks_share_what_training_takes_and_optimizers_differ():
     assert bytes_of(ranks=4) == (4 * n, 12 * n // 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_the_native_engines_copy_counts_what_it_packs(family, policy_of):
-    policy = policy_of(family)
+def test_the_native_engines_copy_counts_what_it_packs(family, dtype, policy_of):
+    policy = policy_of(family).to(dtype)
+    policy.dtype = dtype
     packed = PackedModel(policy)
     packed.take(policy)
-    held = sum(t.nbytes for t in packed._tensors.values() if t.dtype == policy.dtype)
+    shared = {p.data_ptr() for p in policy.parameters()}
+    held = sum(t.nbytes for t in packed._tensors.values() if t.data_ptr() not in shared)
     meta = build_on_meta(make_config(family, vocab_size=policy.config.vocab_size))
-    found = estimate(meta, Plan(dtype=torch.float32, packed_copy=True))
+    found = estimate(meta, Plan(dtype=dtype, packed_copy=True))
     assert found.sampler_bytes == pytest.approx(held, rel=0.2)  # blocks of 64 columns are padded
     assert found.total_bytes == found.weight_bytes + found.training_bytes + found.sampler_bytes
     assert (

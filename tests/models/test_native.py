@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from kitae import compiler
 from kitae.config import SeamSettings
+from kitae.errors import ModelError
 from kitae.models import attention, native, native_head
 from kitae.models.heads import plain_logprobs
 from kitae.types import Packing, Segment
@@ -140,6 +141,8 @@ def test_attention_over_packed_rows_and_shared_prompts(size, value_size, dtype):
 def test_attention_takes_its_kernel_only_where_a_prefix_begins_a_segment():
     inside = Packing(segments=[Segment(0, 9), Segment(9, 4, 2, 5)], num_tokens=16)
     assert attention.runs_of(inside) is None
+    chained = Packing(segments=[Segment(0, 9), Segment(9, 4, 0, 9), Segment(13, 3, 9, 4)], num_tokens=16)
+    assert attention.runs_of(chained) is None  # two groups would add to the same keys at once
     q, k, v = (rows_of(16, 2, 8, seed=s) for s in range(3))
     found = attention.attend(q, k, v, inside, scaling=0.3, kernels=True)[:13]
     torch.testing.assert_close(found, row_by_row(q, k, v, inside, scaling=0.3)[:13])
@@ -166,6 +169,13 @@ def test_head_in_chunks(dtype, foretold, with_bias):
 
     # The product with the weights rounds the logits themselves.
     assert_equal_with_gradients(fast, slow, *inputs, dtype=dtype, bfloat16=2**-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_a_target_that_the_head_has_not_is_refused(wrong):
+    hidden, weight = rows_of(3, 8), rows_of(50, 8)
+    with pytest.raises(ModelError, match=f"token id {wrong} is none of the model's 50"):
+        native_head.chunked_logprobs(hidden, weight, None, torch.tensor([4, wrong, 49]))
 
 
 def test_entropy_and_its_gradient():

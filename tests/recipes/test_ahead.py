@@ -3,7 +3,7 @@
 import json
 import random
 import threading
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 
 import pytest
 
@@ -17,6 +17,7 @@ from kitae.recipes._run import run_recipe
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.background import BackgroundEngine
 from kitae.rollout.generic import GenericEngine
+from kitae.rollout.native import NativeEngine
 from kitae.types import Problem, Rollout, Score
 
 VARIED = (
@@ -231,6 +232,25 @@ def test_an_error_while_sampling_ahead_ends_the_run(run, monkeypatch):
         run("broken")
     assert all(name.startswith("kitae-rollout") for name in calls) and len(calls) == 3
     assert not any(thread.name.startswith("kitae-rollout") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("kind", ["generic", "native"])
+def test_closing_waits_for_no_completion(kind, tiny, kernels):
+    """The completions would be 400 tokens long: whoever waits for one sees it."""
+    policy = load_policy(ModelSettings(name_or_path=str(tiny("qwen3")), device="cpu", dtype="float32"))
+    how = {"stop_ids": [], "decode": lambda ids: "x" * len(ids), "max_rows": 2}
+    engine = (
+        GenericEngine(policy, **how) if kind == "generic" else NativeEngine(policy, kernels=kernels, **how)
+    )
+    background, finished = BackgroundEngine(engine, source=policy), []
+    problems = [Problem(prompt="1", token_ids=[3, 4, 5], answer="1")]
+    background.sync()
+    future = background.begin(
+        problems, n=2, sampling=SamplingSettings(max_new_tokens=400), seed=3,
+        on_rollout=lambda *_: finished.append(1),
+    )  # fmt: skip
+    background.close()
+    assert isinstance(future.exception(), CancelledError) and not finished
 
 
 def test_a_checkpoint_whose_problems_are_gone_is_refused():

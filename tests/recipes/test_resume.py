@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from kitae.compiler import BuildError
+from kitae.errors import CheckpointError
+from kitae.models import native
+from kitae.recipes import sft
+from kitae.recipes._run import run_recipe
+from kitae.train.learner import Learner
+
 HERE = Path(__file__).parent
 VOLATILE = ("time", "perf/")
 
@@ -172,3 +179,30 @@ def test_killed_at_random_times_equals_continuous(recipe, tiny, tmp_path):
     print("killed after", kills)
     live(recipe, settings_for(recipe, tmp_path / "killed", model, data), kills)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_without_the_kernels_it_began_with(tiny, tmp_path, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no kernels on this machine")
+    settings = settings_for("sft", tmp_path / "run", tiny("qwen3"), rows_for(tmp_path))
+    original = Learner.optim_step
+
+    def failing(self):
+        if self.step == 4:
+            raise RuntimeError("enough")
+        return original(self)
+
+    monkeypatch.setattr(Learner, "optim_step", failing)
+    with pytest.raises(RuntimeError, match="enough"):
+        run_recipe("sft", sft.Settings.model_validate(settings))
+
+    def refuse(*_):
+        raise BuildError("there is no C++ compiler")
+
+    monkeypatch.setattr(native, "load_library", refuse)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(CheckpointError, match="training_kernels native -> torch"):
+            run_recipe("sft", sft.Settings.model_validate({**settings, "resume": True}))
+    finally:
+        native.library.cache_clear()

@@ -63,11 +63,16 @@ def test_two_processes_at_once_compile_once(kernels, tmp_path: Path):
             "no such thing",
         ),
         (
+            "printf 'Version \\344'\ncase \"$*\" in *--version*) exit 0;; esac\n"
+            "printf 'engine.cpp:1: error: \\344 in another encoding' >&2; exit 1",
+            "in another encoding",
+        ),
+        (
             'case "$*" in *--version*) exit 0;; esac\nwhile [ "$1" != -o ]; do shift; done\necho x > "$2"',
             "cannot be loaded",
         ),
     ],
-    ids=["refuses", "makes nonsense"],
+    ids=["refuses", "says it in another encoding", "makes nonsense"],
 )
 def test_a_compiler_that_fails_is_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str

@@ -15,7 +15,7 @@ import torch
 from kitae import compiler
 from kitae.config import LoraSettings, ModelSettings, SamplingSettings
 from kitae.data.collate import collate
-from kitae.errors import ConfigError, DataError, NonFiniteError
+from kitae.errors import ConfigError, DataError, ModelError, NonFiniteError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
@@ -430,6 +430,14 @@ def test_prompts_that_do_not_fit_the_context_are_refused(root: Path, kernels: ct
     engine.generate(problems_of([500]), n=1, sampling=SamplingSettings(max_new_tokens=12), seed=0)
     with pytest.raises(DataError, match="no tokens to continue from"):
         engine.generate([Problem(prompt="", token_ids=[])], n=1, sampling=SamplingSettings(), seed=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1_000_000])
+def test_a_token_that_the_model_has_not_is_refused(root: Path, kernels: ctypes.CDLL, wrong: int):
+    engine = engine_of(policy_of(folder_of(root, "qwen3")), kernels)
+    problem = Problem(prompt="", token_ids=[3, wrong, 4])
+    with pytest.raises(ModelError, match=f"token id {wrong} is none of the model's"):
+        engine.generate([problem], n=1, sampling=SamplingSettings(max_new_tokens=2), seed=0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -71,12 +71,21 @@ def test_adapters_that_do_not_fit_are_named(tiny, tmp_path):
     model = tiny("qwen3")
     good = make_adapter(model, tmp_path / "good", seed=1)
     other = make_adapter(tiny("qwen3", hidden_size=32), tmp_path / "other", seed=1)
+    deeper = make_adapter(tiny("qwen3", num_hidden_layers=3), tmp_path / "deeper", seed=1)
+    shallower = make_adapter(tiny("qwen3", num_hidden_layers=1), tmp_path / "shallower", seed=1)
     (tmp_path / "empty").mkdir()
     for adapters, error, said in [
         ({"bad": other}, ModelError, "--adapter bad: .* does not fit this model: .*size mismatch"),
+        (
+            {"model": deeper},
+            ModelError,
+            "14 of its tensors have no place there and 0 are missing, .*layers.2",
+        ),
+        ({"a": good, "q": shallower}, ModelError, "0 of its tensors have no place there and 14 are missing"),
         ({"none": tmp_path / "empty"}, ModelError, "has no adapter_config.json"),
         ({"tiny": good}, ConfigError, "the model itself has this name"),
         ({"a.b": good}, ConfigError, "cannot hold a dot"),
+        ({"train": good}, ConfigError, "torch has this word for itself"),
     ]:
         with pytest.raises(error, match=said):
             Running(model, adapters=adapters)

@@ -125,11 +125,13 @@ def test_what_goes_wrong_is_said_and_the_turn_is_not_kept(endpoint, running, cha
     ):
         assert said in err
     assert endpoint.bodies[-1]["messages"] == [{"role": "user", "content": "e"}]
+    assert "max_tokens" not in endpoint.bodies[-1], "the server knows how much of the context is left"
     for url, key, said in [
         (running.url, "wrong", "answers 401"),
         (running.url, None, "give its token with --token"),
         ("http://127.0.0.1:1", KEY, "cannot be reached"),
         ("localhost", KEY, "write its address"),
+        ("http://localhost:port", KEY, "write its address"),
     ]:
         code, _, err = chat(url, key=key)
         assert code == 2 and said in err and err.count("\n") == 1, err

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kitae.cli.main import main
-from kitae.serve.access import Gate, new_key, read_key
+from kitae.serve.access import Gate, new_key, read_key, write_private
 
 
 @pytest.fixture
@@ -80,6 +80,14 @@ def test_a_taken_port_is_found_before_anything_is_loaded(home, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "/no/such/model", "--port", str(taken.getsockname()[1])]) == 69
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_what_is_private_is_written_through_nobody_s_link(tmp_path):
+    (tmp_path / "other").write_text("keep")
+    (tmp_path / f".x.json.{os.getpid()}").symlink_to(tmp_path / "other")
+    write_private(tmp_path / "x.json", "secret")
+    assert (tmp_path / "other").read_text() == "keep" and (tmp_path / "x.json").read_text() == "secret"
+    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o600
 
 
 def test_the_gate_compares_bytes():

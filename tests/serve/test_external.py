@@ -210,6 +210,14 @@ def test_what_cannot_work_is_said_in_one_line(words, said, capsys, monkeypatch, 
     assert said in error and error.count("\n") == 1
 
 
+def test_no_proxy_is_asked_whether_a_server_is_healthy(running, monkeypatch):
+    from kitae.serve.external import answers
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert answers(running.url)
+
+
 def test_a_model_is_spread_over_as_many_devices_as_divide_its_heads():
     from kitae.serve.external import tensor_parallel
 

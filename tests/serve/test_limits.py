@@ -310,6 +310,29 @@ def test_an_engine_that_fails_on_a_request_goes_on_with_the_next(running, client
     assert running.engine.num_open == 0
 
 
+def test_an_engine_that_cannot_go_on_tells_every_request(thinker, monkeypatch):
+    from dataclasses import replace
+
+    from kitae.rollout.generic import PackedRows
+
+    server = Running(thinker)
+    try:
+
+        def failing(*_, **__):
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(PackedRows, "advance", failing)
+        lane = server.engine.lanes["tiny"]
+        server.engine.lanes["tiny"] = replace(lane, open_session=failing)
+        for _ in range(2):
+            status, error = server.refused(CHAT, {"messages": HELLO, "max_tokens": 5})
+            assert status == 500 and "its log says why" in error["message"]
+            assert wait_for(lambda: not server.engine.is_alive)
+        assert server.ask("GET", "/health", key=None)[0] == 503 and server.engine.num_open == 0
+    finally:
+        server.close()
+
+
 def test_metrics_count_requests_and_tokens(running, client):
     def number(name):
         _, _, content = running.ask("GET", "/metrics")

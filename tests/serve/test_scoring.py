@@ -1,9 +1,15 @@
 """Log-likelihoods: echo with logprobs, as evaluation harnesses ask for them, against the plain model."""
 
 import json
+import socket
+import time
+from urllib.parse import urlsplit
 
 import pytest
 import torch
+from serving import KEY, wait_for
+
+from kitae.serve import lanes
 
 TEXT = "/v1/completions"
 GIVEN = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "echo": True, "seed": 1234}
@@ -64,3 +70,35 @@ def test_nothing_is_sampled_where_no_token_is_asked_for(running):
     assert json.loads(running.ask("POST", TEXT, {**ask, "logprobs": None})[2])["choices"][0]["text"] == "1+1"
     assert b'"text":"1+1"' in running.ask("POST", TEXT, {**ask, "stream": True})[2]
     assert running.refused(TEXT, {**ask, "echo": False})[0] == 400
+
+
+def test_scoring_takes_turns_fills_the_queue_and_ends_with_its_client(running, client, monkeypatch):
+    """Prompts that are only scored must neither hold up what is sampled, nor wait without end, nor go on for nobody."""
+    passes = []
+    whole = lanes._score_pass
+
+    def slow(*args):
+        passes.append(args)
+        time.sleep(0.02)
+        return whole(*args)
+
+    monkeypatch.setattr(lanes, "_score_pass", slow)
+    monkeypatch.setattr(lanes, "SCORED_TOKENS", 1)
+    ask = {**GIVEN, "max_tokens": 0, "prompt": ["1+1"] * 60}
+    assert running.refused(TEXT, {**ask, "prompt": ["1+1"] * 80})[1]["param"] == "n"
+    body = json.dumps(ask)
+    host, port = urlsplit(running.url).netloc.split(":")
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall((head + body).encode())
+    assert wait_for(lambda: passes) and running.engine.num_open == 60
+    assert running.refused(TEXT, {**ask, "prompt": ["1+1"] * 20})[0] == 429
+    said = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=2
+    )
+    assert said.usage.completion_tokens <= 2 and len(passes) < 60
+    connection.close()
+    assert wait_for(lambda: running.engine.num_open == 0)
+    count = len(passes)
+    time.sleep(0.2)
+    assert len(passes) <= count + 1 < 60

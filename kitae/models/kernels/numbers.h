@@ -1,4 +1,4 @@
-// float and bfloat16 in loops that the compiler turns into vectors; everything is computed in float32.
+// float and bfloat16 numbers as vectors of LANES; everything is computed in float32.
 #pragma once
 
 #include <cmath>
@@ -15,11 +15,9 @@ inline float value(bf16 x) { return to_float(x); }
 // Sums that go across rows are taken over this many parts and then added in order, whatever the threads: same bits.
 constexpr int64_t PARTS = 16;
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
 inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-// use(position, count): the numbers 0 ... size, LANES at a time; a last part of fewer goes through a padded copy.
+// LANES numbers, or the `count` that are left: those go through a copy, padded with zeros.
 template <class T> f32x16 load_some(const T* from, int64_t count) {
     if (count >= LANES) return load(from);
     T part[LANES] = {};
