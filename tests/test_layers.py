@@ -18,9 +18,8 @@ LAYERS = [
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FIRST_TOUR = [
     "recipes/grpo.py", "rewards/reasoning.py", "algos/advantages.py", "data/collate.py", "algos/averaging.py",
-    "algos/losses.py", "models/seams.py", "train/learner.py", "rollout/scheduler.py", "rollout/base.py",
-    "rollout/generic.py", "recipes/_sampling.py", "recipes/_judging.py",
-    "models/heads.py",
+    "algos/losses.py", "models/seams.py", "models/heads.py", "train/learner.py", "rollout/base.py",
+    "rollout/scheduler.py", "rollout/session.py", "rollout/generic.py", "recipes/_sampling.py", "recipes/_judging.py",
 ]  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from kitae.config import SeamSettings
 from kitae.errors import ConfigError, ModelError
 from kitae.models import heads, native, native_head
+from kitae.models.compared import scaled_logits
 from kitae.models.families import GENERIC, Family
-from kitae.models.seams import AttentionCache, scaled_logits
+from kitae.models.kept import Kept
+from kitae.models.seams import AttentionCache
 from kitae.types import Batch, Packing, TokenOutputs
 
 VALUE_HEAD = "value_head"
@@ -107,7 +109,7 @@ class Policy(nn.Module):
         device = hidden_NH.device
         targets_N = batch.targets_N.to(device)
         values_N = None if self.value_head is None else self.value_head(hidden_NH.float()).squeeze(-1)
-        kept = None if batch.kept_ids_N is None else heads.Kept.of(batch.kept_ids_N, targets_N)
+        kept = None if batch.kept_ids_N is None else Kept.of(batch.kept_ids_N, targets_N)
         if not self.seams.head:
             logprobs_N, entropy_N = heads.plain_logprobs(
                 self.logits(hidden_NH), targets_N, temperature=batch.temperature, kept=kept

@@ -32,8 +32,9 @@ from kitae.models.fingerprint import model_fingerprint, vocabulary_fingerprint
 from kitae.models.load import load_policy, load_tokenizer
 from kitae.parallel import fsdp
 from kitae.recipes._losses import chosen_loss
-from kitae.recipes._sampling import Groups, Sampler, sample_records, summarise
+from kitae.recipes._sampling import Groups, Sampler
 from kitae.recipes._setup import Evaluate, Setup
+from kitae.recipes._summary import sample_records, summarise
 from kitae.recipes.distill import Settings
 from kitae.train.files import human
 from kitae.train.learner import Learner

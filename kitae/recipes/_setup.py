@@ -49,9 +49,8 @@ from kitae.recipes._sampling import (
     Sampler,
     Scorer,
     Scores,
-    sample_records,
-    summarise,
 )
+from kitae.recipes._summary import sample_records, summarise
 from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.background import BackgroundEngine

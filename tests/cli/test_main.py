@@ -42,7 +42,7 @@ def test_help_needs_no_torch(words):
 
 
 SLOW_TO_IMPORT = {
-    "pyarrow", "datasets", "peft", "bitsandbytes", "matplotlib", "pandas", "scipy", "sklearn", "wandb", "torchvision",
+    "pyarrow", "datasets", "peft", "bitsandbytes", "matplotlib", "pandas", "sklearn", "wandb", "torchvision",
     "tensorflow", "uvicorn", "starlette", "gguf",
 }  # fmt: skip
 

@@ -40,13 +40,14 @@ def test_twenty_random_kills_change_no_number(server: Server, undisturbed, tmp_p
     expected = undisturbed(**OPTIONS)
     rng = random.Random(11)
     kills = kills_in_saves = runs = 0
-    while kills < 20:
+    while kills < 20 or (kills_in_saves < 5 and runs < 60):  # a busy machine's saves are harder to hit
         folder = tmp_path / f"run_{runs}"
         runs += 1
         code: int | None = -9
         while code == -9:
             life = server.start(folder, resume=True, **OPTIONS)
-            if kills < 20 and rng.random() < 0.5:
+            needs_more = kills < 20 or kills_in_saves < 5
+            if needs_more and rng.random() < 0.5:
                 kill_inside_a_save(life, folder, rng)
             elif kills < 20:
                 time.sleep(rng.uniform(0.02, 0.3))

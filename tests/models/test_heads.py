@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitae.models.heads import Kept, chunked_logprobs, rows_per_chunk
+from kitae.models.heads import chunked_logprobs, rows_per_chunk
+from kitae.models.kept import Kept
 
 N, H, V = 150, 12, 40
 KEPT = [[] if n % 3 == 0 else sorted({n % V, (7 * n) % V, (n + 1) % V}) for n in range(N)]

@@ -259,7 +259,7 @@ def test_killed_while_sampling_and_in_a_pass_equals_continuous(given):
         "lora": {"rank": 4, "dropout": 0.2},
     }
     kills = [
-        ["kitae.rollout.generic", "GenericEngine", "_step", 3],
+        ["kitae.rollout.generic", "PackedRows", "advance", 3],
         ["kitae.train.learner", "Learner", "_one_pass", 3],
         ["kitae.models.divergence", "LiveTeacher", "soft_targets", 5],
     ]

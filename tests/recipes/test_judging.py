@@ -28,7 +28,7 @@ from kitae.recipes._rewards import (
     part_means,
     short_names,
 )
-from kitae.recipes._sampling import sample_records, summarise
+from kitae.recipes._summary import sample_records, summarise
 from kitae.rewards.pool import RewardPool
 from kitae.settings import resolve
 from kitae.train.difficulty import Difficulty

@@ -574,7 +574,7 @@ def test_two_ranks_learn_what_one_process_does(critic, rank, files, tiny):
 
 KILLS = [
     ["kitae.train.learner", "Learner", "optim_step", 3],
-    ["kitae.rollout.generic", "GenericEngine", "_step", 3],
+    ["kitae.rollout.generic", "PackedRows", "advance", 3],
 ]
 
 
