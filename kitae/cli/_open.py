@@ -167,7 +167,9 @@ def read_prompts(path: str) -> list[str]:
 
 
 def warn_on_stderr(warnings: list[str]) -> None:
-    """Let log warnings of this process reach the terminal, and say those of the settings."""
-    logging.basicConfig(level=logging.WARNING, format="kitae: %(message)s", stream=sys.stderr)
+    """Let kitae's log warnings reach the terminal, and other libraries' errors, and say those of the settings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name.startswith("kitae") or record.levelno >= logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="kitae: %(message)s", handlers=[handler])
     for warning in warnings:
         log.warning("%s", warning)

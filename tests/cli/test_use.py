@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -324,3 +326,12 @@ def test_trace_says_which_recipes_it_follows(kitae, files):
     )
     code, _, err = kitae("trace", "dpo.toml")
     assert code == 2 and "kitae trace follows rows of sft and grpo, not of dpo" in err
+
+
+def test_warnings_of_other_libraries_are_not_said_in_our_name():
+    code = (
+        "import logging; from kitae.cli._open import warn_on_stderr; warn_on_stderr(['of ours'])\n"
+        "logging.getLogger('other').warning('of theirs'); logging.getLogger('other').error('trouble')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "kitae: of ours\nkitae: trouble\n"
