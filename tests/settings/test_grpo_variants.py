@@ -22,7 +22,10 @@ BASE = {"model.name_or_path": "m", "data.train": "some/hub-name"}
         ({"grpo.ratio": "sequence", "loss": "own.py:loss"}, "the loss is your own"),
         ({"grpo.scale_by_std": "false"}, "grpo.scale_by_std"),
         ({"rollout.rounds_ahead": 1}, "completions of older weights need a correction; set grpo.is_cap"),
-        ({"rollout.rounds_ahead": 1, "grpo.is_cap": 2, "rollout.refill": 1}, "the next one is sampled already"),
+        (
+            {"rollout.rounds_ahead": 1, "grpo.is_cap": 2, "rollout.refill": 1},
+            "the next one is sampled already",
+        ),
         ({"rollout.rounds_ahead": 2}, "rollout.rounds_ahead"),
     ],
 )
