@@ -5,6 +5,7 @@ hidden_NH, head --chunk--> logits --one pass--> logprobs_N, entropy_N, and in th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitae.models import native
-from kitae.models.heads import BUDGET_BYTES, Gradients, hand_over, padded, rows_per_chunk
+from kitae.models.heads import padded
+
+BUDGET_BYTES = 4 << 20
+"""Bytes of logits alive at once, which stay in a CPU's cache while that holds MIN_ROWS of them."""
+MIN_ROWS, ROUND_TO = 192, 32
+SLICE_BYTES = 4 << 20
+"""Of a chunk's gradient of the head, made and added at a time; it stays in the cache."""
 
 
 def chunked_logprobs(
@@ -23,12 +30,16 @@ def chunked_logprobs(
     *,
     temperature: float = 1.0,
     coefficients_N: Tensor | None = None,
-    budget_bytes: int = BUDGET_BYTES["cpu"],
+    budget_bytes: int = BUDGET_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the targets and entropies, as heads.chunked_logprobs gives them; native.fits the first three."""
+    """Log-probs of the targets and entropies, as heads.chunked_logprobs gives them; native.fits the first three.
+
+    With `coefficients_N`, a weight's main_grad has its part of the gradient before the backward comes.
+    """
     if len(targets_N):
         native.check_ids(targets_N, len(weight_VH))
-    task = _Task(targets_N, temperature, rows_per_chunk(len(hidden_NH), len(weight_VH), budget_bytes))
+    rows = _rows_per_chunk(len(hidden_NH), len(weight_VH), weight_VH.element_size(), budget_bytes)
+    task = _Task(targets_N, temperature, rows)
     outputs: tuple[Tensor, Tensor] = _Chunked.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight_VH, bias_V, task, coefficients_N
     )
@@ -41,14 +52,22 @@ class _Task(NamedTuple):
     rows: int
 
 
-class _Gradients(Gradients):
-    """The head's gradient is added up without float32 copies of its parts."""
+@dataclass(slots=True)
+class _Gradients:
+    """Where the gradients of one call are added up, the head's in float32 and slice by slice. None: not needed."""
+
+    hidden_NH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
 
     def add(self, start: int, stop: int, grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor) -> None:
         if self.hidden_NH is not None:
             self.hidden_NH[start:stop] = (grad_CV @ weight_VH)[: stop - start]
         if self.weight_VH is not None:
-            native.add_(self.weight_VH, grad_CV.t() @ hidden_CH)
+            step = max(SLICE_BYTES // (weight_VH.element_size() * weight_VH.shape[1]), 1)
+            for low in range(0, len(weight_VH), step):
+                part = slice(low, low + step)
+                native.add_(self.weight_VH[part], grad_CV[:, part].t() @ hidden_CH)
         if self.bias_V is not None:
             self.bias_V.add_(grad_CV.sum(0, dtype=torch.float32))
 
@@ -63,66 +82,87 @@ class _Chunked(torch.autograd.Function):
         task: _Task,
         coefficients_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        logprobs_N, entropy_N = (torch.zeros(len(hidden_NH)) for _ in range(2))
-        eager = None
-        if coefficients_N is not None and any(ctx.needs_input_grad[:3]):
-            eager = _Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
-        for start in range(0, len(hidden_NH), task.rows):
-            stop = min(start + task.rows, len(hidden_NH))
-            hidden_CH, logits_CV = _logits(hidden_NH, weight_VH, bias_V, task, start, stop)
-            found = _to_gradient_(logits_CV, task, None if eager is None else coefficients_N, start, stop)
-            logprobs_N[start:stop], entropy_N[start:stop] = (x_C[: stop - start] for x_C in found)
-            if eager is not None:
-                eager.add(start, stop, logits_CV, hidden_CH, weight_VH)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V)
-        ctx.task, ctx.coefficients_N, ctx.eager = task, coefficients_N, eager
+        ctx.task, ctx.coefficients_N, ctx.added = task, coefficients_N, None
         ctx.main_grads = [getattr(p, "main_grad", None) for p in (weight_VH, bias_V)]
         ctx.set_materialize_grads(False)
-        return logprobs_N, entropy_N
+        if coefficients_N is not None and any(ctx.needs_input_grad[:3]):
+            ctx.added = _places(ctx, hidden_NH, weight_VH, bias_V)
+        return _in_chunks(hidden_NH, weight_VH, bias_V, task, ctx.added, coefficients_N)
 
     @staticmethod
     def backward(
         ctx: Any, grad_logprobs_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
-        task: _Task = ctx.task
         if grad_logprobs_N is None:
             grad_logprobs_N = torch.zeros(len(hidden_NH))
-        as_foretold = ctx.eager is not None and torch.equal(grad_logprobs_N, ctx.coefficients_N)
-        if as_foretold and grad_entropy_N is None:
-            return *hand_over(ctx.eager, weight_VH.dtype, ctx.main_grads), None, None
-        grads = _Gradients.zeros(hidden_NH, weight_VH, bias_V, ctx.needs_input_grad)
-        for start in range(0, len(hidden_NH), task.rows):
-            stop = min(start + task.rows, len(hidden_NH))
-            hidden_CH, logits_CV = _logits(hidden_NH, weight_VH, bias_V, task, start, stop)
-            extra_CV = None
-            if grad_entropy_N is not None:  # d entropy / d logit = -p (log p + entropy)
-                logp_CV = (logits_CV.float() / task.temperature).log_softmax(-1)
-                p_CV = logp_CV.exp()
-                negative_CV = p_CV * (logp_CV - (p_CV * logp_CV).sum(-1, keepdim=True))
-                extra_CV = negative_CV * padded(-grad_entropy_N, start, stop, task.rows)[:, None]
-            _to_gradient_(logits_CV, task, grad_logprobs_N, start, stop)
-            if extra_CV is not None:
-                logits_CV.add_(extra_CV, alpha=1 / task.temperature)
+        added: _Gradients | None = ctx.added
+        as_foretold = added is not None and torch.equal(grad_logprobs_N, ctx.coefficients_N)
+        if added is None or not as_foretold or grad_entropy_N is not None:
+            if added is not None:  # take back what the forward added to main_grad
+                _in_chunks(hidden_NH, weight_VH, bias_V, ctx.task, added, -ctx.coefficients_N)
+            added = _places(ctx, hidden_NH, weight_VH, bias_V)
+            _in_chunks(hidden_NH, weight_VH, bias_V, ctx.task, added, grad_logprobs_N, grad_entropy_N)
+        left = [
+            None if grad is None or main is not None else grad.to(weight_VH.dtype)
+            for grad, main in zip((added.weight_VH, added.bias_V), ctx.main_grads, strict=True)
+        ]
+        return added.hidden_NH, left[0], left[1], None, None
+
+
+def _places(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> _Gradients:
+    """What the inputs' gradients are added to: main_grad where a parameter has one."""
+    needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+    weight_and_bias = [
+        (torch.zeros_like(p, dtype=torch.float32) if main is None else main) if needed else None
+        for p, main, needed in zip((weight_VH, bias_V), ctx.main_grads, needs_head, strict=True)
+    ]
+    return _Gradients(torch.empty_like(hidden_NH) if needs_hidden else None, *weight_and_bias)
+
+
+def _in_chunks(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    task: _Task,
+    grads: _Gradients | None,
+    grad_logprobs_N: Tensor | None,
+    grad_entropy_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies; what the gradients of both give is added to `grads`."""
+    logprobs_N, entropy_N = (torch.zeros(len(hidden_NH)) for _ in range(2))
+    for start in range(0, len(hidden_NH), task.rows):
+        stop = min(start + task.rows, len(hidden_NH))
+        hidden_CH = padded(hidden_NH, start, stop, task.rows)
+        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
+        extra_CV = None
+        if grad_entropy_N is not None:  # d entropy / d logit = -p (log p + entropy)
+            logp_CV = (logits_CV.float() / task.temperature).log_softmax(-1)
+            p_CV = logp_CV.exp()
+            negative_CV = p_CV * (logp_CV - (p_CV * logp_CV).sum(-1, keepdim=True))
+            extra_CV = negative_CV * padded(-grad_entropy_N, start, stop, task.rows)[:, None]
+        scales_C = None
+        if grads is not None and grad_logprobs_N is not None:
+            scales_C = padded(grad_logprobs_N, start, stop, task.rows) / task.temperature
+        logprobs_C, _, entropy_C = native.target_logprobs_(  # with scales, logits become their gradient
+            logits_CV,
+            padded(task.targets_N, start, stop, task.rows),
+            temperature=task.temperature,
+            scales_N=scales_C,
+        )
+        logprobs_N[start:stop], entropy_N[start:stop] = (
+            x_C[: stop - start] for x_C in (logprobs_C, entropy_C)
+        )
+        if extra_CV is not None:
+            logits_CV.add_(extra_CV, alpha=1 / task.temperature)
+        if grads is not None:
             grads.add(start, stop, logits_CV, hidden_CH, weight_VH)
-        return *hand_over(grads, weight_VH.dtype, ctx.main_grads), None, None
+    return logprobs_N, entropy_N
 
 
-def _logits(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, task: _Task, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of one chunk, padded to the chunk's rows, and their logits."""
-    hidden_CH = padded(hidden_NH, start, stop, task.rows)
-    return hidden_CH, F.linear(hidden_CH, weight_VH, bias_V)
-
-
-def _to_gradient_(
-    logits_CV: Tensor, task: _Task, grad_N: Tensor | None, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of a chunk; with grad_N, the logits become their gradient."""
-    targets_C = padded(task.targets_N, start, stop, task.rows)
-    scales_C = None if grad_N is None else padded(grad_N, start, stop, task.rows) / task.temperature
-    logprobs_C, _, entropy_C = native.target_logprobs_(
-        logits_CV, targets_C, temperature=task.temperature, scales_N=scales_C
-    )
-    return logprobs_C, entropy_C
+def _rows_per_chunk(num_rows: int, vocabulary: int, bytes_each: int, budget_bytes: int) -> int:
+    """Rows whose logits fit the budget, MIN_ROWS at least; chunks are of the same size, few of their rows padding."""
+    fitting = max(budget_bytes // (bytes_each * vocabulary), MIN_ROWS)
+    num_chunks = max(-(-num_rows // fitting), 1)
+    return max(-(-num_rows // num_chunks // ROUND_TO) * ROUND_TO, ROUND_TO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -151,7 +152,9 @@ def test_attention_takes_its_kernel_only_where_a_prefix_begins_a_segment():
 @both
 @pytest.mark.parametrize("foretold", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_head_in_chunks(dtype, foretold, with_bias):
+def test_head_in_chunks(dtype, foretold, with_bias, monkeypatch):
+    monkeypatch.setattr(native_head, "MIN_ROWS", 128)
+    monkeypatch.setattr(native_head, "SLICE_BYTES", 24 * 4 * 50)
     hidden, weight, bias = rows_of(300, 24), rows_of(203, 24, seed=1), rows_of(203, seed=2)
     targets = torch.randint(0, 203, (300,), generator=torch.Generator().manual_seed(3))
     coefficients = rows_of(300, seed=99)  # what assert_equal_with_gradients sends back
@@ -171,11 +174,43 @@ def test_head_in_chunks(dtype, foretold, with_bias):
     assert_equal_with_gradients(fast, slow, *inputs, dtype=dtype, bfloat16=2**-6)
 
 
+@both
+@pytest.mark.parametrize("arrives", ["what was foretold", "something else", "an entropy's gradient too"])
+def test_main_grad_gets_the_head_s_gradient_whatever_was_foretold(dtype, arrives):
+    hidden, weight = (x.to(dtype) for x in (rows_of(300, 24), rows_of(203, 24, seed=1)))
+    targets = torch.randint(0, 203, (300,), generator=torch.Generator().manual_seed(3))
+    foretold = rows_of(300, seed=4)
+    real = foretold if arrives != "something else" else rows_of(300, seed=5)
+
+    def loss(logprobs, entropy):
+        return (logprobs * real).sum() + (0.5 * entropy.sum() if "entropy" in arrives else 0)
+
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    ours[1].main_grad = torch.full((203, 24), 3.0)
+    loss(
+        *native_head.chunked_logprobs(*ours, None, targets, coefficients_N=foretold, budget_bytes=1)
+    ).backward()
+    theirs = [x.float().requires_grad_() for x in (hidden, weight)]
+    loss(*plain_logprobs(F.linear(*theirs), targets)).backward()
+
+    assert ours[1].grad is None
+    tolerance = 2e-5 if dtype == torch.float32 else 2**-6
+    for found, expected in ((ours[0].grad, theirs[0].grad), (ours[1].main_grad - 3, theirs[1].grad)):
+        assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 @pytest.mark.parametrize("wrong", [-1, 50])
 def test_a_target_that_the_head_has_not_is_refused(wrong):
     hidden, weight = rows_of(3, 8), rows_of(50, 8)
     with pytest.raises(ModelError, match=f"token id {wrong} is none of the model's 50"):
         native_head.chunked_logprobs(hidden, weight, None, torch.tensor([4, wrong, 49]))
+
+
+def test_chunks_of_the_head_are_alike_and_fit_the_budget():
+    rows = functools.partial(native_head._rows_per_chunk, bytes_each=2, budget_bytes=4 << 20)
+    assert rows(1, 8192) == 32
+    assert rows(1100, 8192) == 224
+    assert rows(1139, 151_936) == 192
 
 
 def test_entropy_and_its_gradient():
