@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kitae.models import native
@@ -132,10 +131,14 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies; what the gradients of both give is added to `grads`."""
     logprobs_N, entropy_N = (torch.zeros(len(hidden_NH)) for _ in range(2))
+    logits_CV = hidden_NH.new_empty(task.rows, len(weight_VH))  # once: its pages are there for all chunks
     for start in range(0, len(hidden_NH), task.rows):
         stop = min(start + task.rows, len(hidden_NH))
         hidden_CH = padded(hidden_NH, start, stop, task.rows)
-        logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
+        if bias_V is None:
+            torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
+        else:
+            torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=logits_CV)
         extra_CV = None
         if grad_entropy_N is not None:  # d entropy / d logit = -p (log p + entropy)
             logp_CV = (logits_CV.float() / task.temperature).log_softmax(-1)
