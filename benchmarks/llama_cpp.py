@@ -82,6 +82,12 @@ def export(model: Path, path: Path, *, dtype: str) -> None:
     )
 
 
+def peak_rss_mib(pid: int) -> float:
+    """The most memory a running process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
 class Server:
     """A running llama-server: `with Server(binary, gguf, slots=32, context=384, threads=2) as server`."""
 
@@ -147,8 +153,7 @@ class Server:
             return time.perf_counter() - started
 
     def peak_rss_mib(self) -> float:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+        return peak_rss_mib(self.process.pid)
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)

@@ -4,7 +4,8 @@ The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn onc
 (median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights, or with
 `--size 80m-moe` a DeepSeek-V3-like one: latent attention, 16 experts of which 4 compute. They run in
 turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the native engine's
-ratio to each, and peak memory. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
+ratio to each, and peak memory. `--engines native int8` compares the native engine with itself sampling by 8-bit weights, and
+says how far the log-probs of either are from the learner's. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
 for this machine (llama_cpp.py). See docs/benchmarks.md; stream.py measures a single completion.
 """
 
@@ -22,10 +23,12 @@ from typing import Any
 
 import harness
 import llama_cpp
+from chat_workload import CONTROL, TEMPLATE
 from harness import Contender, Measurement
 
 DTYPES = ("float32", "bfloat16")
-ENGINES = ("native", "generic", "generate", "continuous", "llama.cpp")
+PEERS = ("native", "generic", "generate", "continuous", "llama.cpp")
+ENGINES = (*PEERS, "int8")
 TARGETS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     "float32": {"generate": (10.5, None), "continuous": (12.0, None), "llama.cpp": (3.0, None)},
     "bfloat16": {"generate": (10.5, None), "continuous": (12.0, None), "llama.cpp": (4.0, None)},
@@ -68,7 +71,8 @@ def workload(
 
 def run_kitae(
     folder: Path, prompts: list[list[int]], lengths: list[list[int]], *, dtype: str, engine: str
-) -> float:
+) -> tuple[float, float]:
+    """Seconds, and how far the sampler's log-probs of some tokens are from the learner's on average."""
     from kitae.config import ModelSettings, SamplingSettings
     from kitae.models.load import load_policy
     from kitae.rollout.choose import open_engine
@@ -77,7 +81,8 @@ def run_kitae(
     policy = load_policy(ModelSettings(name_or_path=str(folder), dtype=dtype, device="cpu"), trainable=False)
     engine, _ = open_engine(
         policy,
-        wanted=engine,
+        wanted="auto" if engine == "int8" else engine,
+        quantization="int8" if engine == "int8" else "none",
         setting="engine",
         expected_tokens=sum(map(sum, lengths)),
         stop_ids=[],
@@ -90,7 +95,27 @@ def run_kitae(
     groups = engine.generate_up_to(lengths, problems=problems, sampling=SamplingSettings(), seed=0)
     seconds = time.perf_counter() - start
     assert [[len(r.token_ids) for r in group] for group in groups] == lengths
-    return seconds
+    return seconds, gap([group[0] for group in groups], policy)
+
+
+def gap(rollouts: list[Any], policy: Any) -> float:
+    """Mean distance of the log-probs that rollouts came with from those the policy gives them."""
+    import torch
+
+    from kitae.data.collate import collate
+    from kitae.types import Row
+
+    rows = [
+        Row(
+            token_ids=r.problem.token_ids + r.token_ids,
+            loss_mask=[False] * len(r.problem.token_ids) + [True] * len(r.token_ids),
+            streams={"old_logprobs": [0.0] * len(r.problem.token_ids) + r.logprobs},
+        )
+        for r in rollouts
+    ]
+    with torch.no_grad():
+        gaps = [policy(b).logprobs_N - b.streams["old_logprobs"] for b in collate(rows, rows_per_forward=4)]
+    return torch.cat(gaps).abs().mean().item()
 
 
 def run_generate(
@@ -194,7 +219,7 @@ def gguf_of(model: Path, *, dtype: str) -> Path:
 def make_model(folder: Path, size: str) -> None:
     """A model with random weights, and a tokenizer that has its vocabulary's size, as llama.cpp wants one."""
     import torch
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -203,12 +228,15 @@ def make_model(folder: Path, size: str) -> None:
     torch.manual_seed(0)
     config = make_config(eos_token_id=None, pad_token_id=None, **SIZES[size])
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    names = ["<|pad|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"word{number}" for number in range(config.vocab_size - len(names))]
     core = Tokenizer(BPE({name: i for i, name in enumerate(names)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|im_end|>")
+    core.add_special_tokens([AddedToken(name, special=True) for name in CONTROL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -232,7 +260,9 @@ def worker(args: argparse.Namespace) -> None:
     elif args.worker == "continuous":
         seconds = run_continuous(args.model, prompts, lengths, dtype=args.dtype)
     elif args.worker != "generate":
-        seconds = run_kitae(args.model, prompts, lengths, dtype=args.dtype, engine=args.worker)
+        seconds, also["logprob_gap"] = run_kitae(
+            args.model, prompts, lengths, dtype=args.dtype, engine=args.worker
+        )
     else:
         seconds = run_generate(
             args.model, prompts, lengths, dtype=args.dtype, batch=GENERATE_BATCH[args.dtype]
@@ -269,7 +299,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--longest", type=int, default=256, help="most tokens of a completion")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(PEERS))
     parser.add_argument("--worker", choices=["model", *ENGINES], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=DTYPES, help=argparse.SUPPRESS)
@@ -297,6 +327,11 @@ def report(measured: dict[str, list[Measurement]], args: argparse.Namespace, *, 
     harness.print_machine(measured)
     comparisons = harness.compare(measured, key="tokens_per_s", ours="native", targets=TARGETS[dtype])
     harness.print_comparisons(comparisons, unit="useful tokens/s", ours="native")
+    for name in ("native", "int8"):
+        if name in measured:
+            print(
+                f"log-probs of {name}: {measured[name][0].values['logprob_gap']:.4f} from the learner's on average"
+            )
     if args.json:
         path = args.json if len(args.dtypes) == 1 else args.json.with_stem(f"{args.json.stem}-{dtype}")
         harness.write_json(

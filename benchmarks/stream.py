@@ -2,7 +2,8 @@
 
 One completion at a time of a Qwen3-like model of 30 M parameters with random weights. Printed are the medians of
 milliseconds per decoded token, the prompt's left out, and how near kitae is to the floor: each token reads all weights
-once, and a buffer as large as they are is read as fast as torch can, in the same process. See docs/benchmarks.md.
+once, and a buffer as large as they are is read as fast as torch can, in the same process. `--contenders kitae int8` compares
+with 8-bit weights. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import llama_cpp
 import rollout
 from harness import Contender, Measurement
 
-CONTENDERS = ("kitae", "llama.cpp")
+PEERS = ("kitae", "llama.cpp")
+CONTENDERS = (*PEERS, "int8")
 TARGET = 1.7
 """Times as fast as llama.cpp."""
 SHARE_OF_FLOOR = 0.6
@@ -29,7 +31,7 @@ PROMPTS, LENGTH = 5, 129
 READS = 15
 
 
-def run_kitae(folder: Path, prompts: list[list[int]], *, dtype: str) -> dict[str, float]:
+def run_kitae(folder: Path, prompts: list[list[int]], *, dtype: str, is_int8: bool) -> dict[str, float]:
     from torch import nn
 
     from kitae.config import ModelSettings, SamplingSettings
@@ -41,6 +43,7 @@ def run_kitae(folder: Path, prompts: list[list[int]], *, dtype: str) -> dict[str
     engine, _ = open_engine(
         policy,
         wanted="native",
+        quantization="int8" if is_int8 else "none",
         setting="engine",
         expected_tokens=PROMPTS * LENGTH,
         stop_ids=[],
@@ -57,7 +60,9 @@ def run_kitae(folder: Path, prompts: list[list[int]], *, dtype: str) -> dict[str
     seconds(prompts[0], LENGTH)
     taken = [(seconds(prompt, LENGTH) - seconds(prompt, 1)) / (LENGTH - 1) for prompt in prompts]
     linears = [module for module in policy.causal_lm.modules() if isinstance(module, nn.Linear)]
-    num_bytes = sum(module.weight.numel() for module in linears) * (2 if dtype == "bfloat16" else 4)
+    num_bytes = sum(module.weight.numel() for module in linears) * (
+        1 if is_int8 else 2 if dtype == "bfloat16" else 4
+    )
     return {
         "ms_per_token": 1e3 * statistics.median(taken),
         "weights_mib": num_bytes / 2**20,
@@ -105,7 +110,7 @@ def worker(args: argparse.Namespace) -> None:
     run = (
         run_llama(args, prompts)
         if args.worker == "llama.cpp"
-        else run_kitae(args.model, prompts, dtype=args.dtype)
+        else run_kitae(args.model, prompts, dtype=args.dtype, is_int8=args.worker == "int8")
     )
     print(json.dumps(run))
 
@@ -117,6 +122,7 @@ def main() -> None:
     harness.add_options(parser)
     parser.add_argument("--size", choices=["30m", "tiny"], default="30m")
     parser.add_argument("--dtypes", nargs="+", choices=rollout.DTYPES, default=list(rollout.DTYPES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(PEERS))
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=rollout.DTYPES, help=argparse.SUPPRESS)
@@ -124,14 +130,18 @@ def main() -> None:
     if args.worker:
         worker(args)
         return
+    if "kitae" not in args.contenders:
+        parser.error("--contenders must have kitae, which the others are compared with")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
         make = [sys.executable, rollout.__file__, "--worker", "model", "--model", folder, "--size", args.size]
-        harness.measure(Contender("model", [*make, "--gguf", *args.dtypes]))
+        if "llama.cpp" in args.contenders:
+            make += ["--gguf", *args.dtypes]
+        harness.measure(Contender("model", make))
         for dtype in args.dtypes:
             command = [sys.executable, __file__, "--model", folder, "--dtype", dtype, "--size", args.size]
             command += ["--threads", str(args.threads), "--worker"]
             env = harness.thread_env(args.threads) | {"HF_HUB_OFFLINE": "1"}
-            contenders = [Contender(name, [*command, name], env) for name in CONTENDERS]
+            contenders = [Contender(name, [*command, name], env) for name in args.contenders]
             report(harness.run_rounds(contenders, rounds=args.rounds), args, dtype=dtype)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -49,6 +49,9 @@ class SeamSettings(Section):
     """Routed experts as sorted slices. Off: the model's own expert loop."""
     rmsnorm: bool = True
     """RMSNorm in one operation. Off: the model's own."""
+    flex: bool = True
+    """On a GPU, packed attention in training by torch's FlexAttention: compiled when the model is loaded, and used if it
+    then gives what padded rows give. Off, and elsewhere: padded rows, or the kernels below."""
     kernels: bool = True
     """On a CPU, all that a layer does beside its matrix products in C++ kernels, which the machine's compiler makes when
     they are first needed (seconds, once). Off, without a compiler and under model.torch_compile: torch's operations."""
@@ -70,8 +73,10 @@ class ModelSettings(Section):
     """auto, cpu, or a device of an available backend, such as cuda or npu."""
     quantization: Literal["none", "nf4"] = "none"
     """nf4 stores frozen linear weights in 4 bits (QLoRA); needs lora.rank > 0."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["offload", "auto"] = False
+    """true recomputes each layer in the backward: less memory, about a third more time. offload also keeps what it
+    recomputes from in the host's memory, which only an accelerator has apart. auto takes the first of false, true and
+    offload whose largest pass is estimated to fit."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders whose code you have read."""
     torch_compile: bool = False
@@ -256,8 +261,17 @@ class LogSettings(Section):
     """Say in one sentence what the numbers show to be going wrong, and which setting to change; see docs/health.md."""
 
 
+def _non_empty(stop: list[str]) -> list[str]:
+    if "" in stop:
+        raise ValueError("an empty string is in every text; leave it out")
+    return stop
+
+
 class SamplingSettings(Section):
     """How one completion is sampled."""
+
+    keeps_stop: ClassVar[bool] = False
+    """Whether the text of a finished completion still has the string that ended it."""
 
     temperature: float = Field(1.0, ge=0, le=10)
     """Logits are divided by it; 0 is greedy."""
@@ -276,12 +290,13 @@ class SamplingSettings(Section):
     stop: list[str] = []
     """Strings that end a completion, wherever they occur in its text; they are not part of it. More of them end more."""
 
-    @field_validator("stop")
-    @classmethod
-    def _has_no_empty_string(cls, stop: list[str]) -> list[str]:
-        if "" in stop:
-            raise ValueError("an empty string is in every text; leave it out")
-        return stop
+    _stop_is_text = field_validator("stop")(_non_empty)
+
+
+class RolloutSampling(SamplingSettings):
+    """How a recipe samples: what is judged ends with the stop string, as the tokens that are trained on do."""
+
+    keeps_stop: ClassVar[bool] = True
 
 
 class CompletionSettings(Section):
@@ -297,12 +312,24 @@ class CompletionSettings(Section):
     """Keep the k likeliest tokens; 0 keeps all."""
     min_p: float = Field(0.0, ge=0, lt=1)
     """Drop tokens less likely than this share of the likeliest."""
+    stop: list[str] = []
+    """Strings that end a completion, wherever they occur in its text, such as </answer>. What is judged ends with the
+    string, and what is trained on with the token that completes it. More of them end more; empty: only end tokens do."""
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
     engine: Literal["auto", "generic", "native"] = "auto"
     """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use, with a
     second copy of the weights; generic runs any model through transformers; auto takes native where it can run and the run
     is long enough for the compiling to pay."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8 samples with linear weights and their inputs rounded to 8 bits, by the native engine: faster, and the copy of the
+    weights is smaller, but log-probabilities are off by some hundredths. GRPO corrects for that by grpo.is_cap."""
+    kv_cache_tokens: int | None = Field(None, ge=16)
+    """Tokens whose keys and values the native engine keeps at a time on each rank, of all completions under way, a group's
+    prompt counted once. More of them need more memory and let more completions run side by side; the others wait, and the
+    result does not depend on it. Default: what half of the memory that is free when sampling begins can hold."""
+
+    _stop_is_text = field_validator("stop")(_non_empty)
 
 
 class RolloutSettings(CompletionSettings):
@@ -362,12 +389,13 @@ class RewardSettings(Section):
     strict_form: bool = True
     """Nothing but white space around and between the blocks; false allows other text there."""
     timeout_s: float = Field(1.0, gt=0)
-    """Limit for judging one completion: CPU seconds for built-in rewards, wall seconds for your own function; beyond it
-    the answer counts as wrong."""
+    """CPU seconds for judging one completion, the threads of its process added up, and at most five times as long in all,
+    for what waits. Beyond it a built-in reward counts the answer as wrong; your own function: see on_error."""
     num_workers: int = Field(2, ge=1)
     """Worker processes per rank."""
     on_error: Literal["stop", "mask"] = "stop"
-    """When a user's function raises: stop the run, or take that completion out of the loss and count it."""
+    """When a user's function raises, or exceeds its limits: stop the run, or take that completion out of the loss and count
+    it."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kitae.errors import ConfigError
 from kitae.plugins import did_you_mean, names_in
 
-Feature = Literal["bfloat16", "float16", "nf4"]
+Feature = Literal["bfloat16", "float16", "nf4", "flex_attention", "float8"]
 
 
 class Backend(Protocol):
@@ -55,23 +55,26 @@ class Backend(Protocol):
     def set_rng_state(self, state: Tensor, device: torch.device) -> None: ...
 
 
-def pick(name: str = "auto") -> Backend:
-    """The backend of a device name such as cuda or cuda:1, or for auto the best one that is available."""
+def pick(name: str = "auto", *, setting: str = "model.device") -> Backend:
+    """The backend of a device name such as cuda or cuda:1, or for auto the best one that is available.
+
+    `setting` is what an error says the name was given as.
+    """
     known = names_in(__name__)
     kind = name.partition(":")[0]
     if kind == "auto":
         return max((b for b in map(_load, known) if b.is_available()), key=lambda b: b.preference)
     if kind not in known:
-        raise ConfigError(f"model.device {name!r} is unknown; {did_you_mean(kind, ['auto', *known])}")
+        raise ConfigError(f"{setting} {name!r} is unknown; {did_you_mean(kind, ['auto', *known])}")
     backend = _load(kind)
     if not backend.is_available():
-        raise ConfigError(f"model.device is {name!r}, but this machine has no {kind} device; use auto or cpu")
+        raise ConfigError(f"{setting} is {name!r}, but this machine has no {kind} device; use auto or cpu")
     return backend
 
 
-def pick_device(name: str = "auto", *, local_rank: int = 0) -> torch.device:
+def pick_device(name: str = "auto", *, local_rank: int = 0, setting: str = "model.device") -> torch.device:
     """The torch device a setting such as auto, cpu, cuda or cuda:1 means for this process."""
-    backend = pick(name)
+    backend = pick(name, setting=setting)
     return torch.device(name) if ":" in name else backend.device(local_rank)
 
 

@@ -42,6 +42,10 @@ class CpuBackend:
                 found is not None,
                 f"this CPU has {found}" if found else "this CPU has no bfloat16 instructions",
             )
+        if feature == "flex_attention":
+            return False, "it has no backward pass on CPUs"
+        if feature == "float8":
+            return True, "torch casts to and from it"
         return feature == "nf4", "bitsandbytes runs on CPUs" if feature == "nf4" else "slow on CPUs"
 
     def device(self, local_rank: int) -> torch.device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,13 @@ class CudaBackend:
         if feature == "bfloat16":
             is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
             return is_fast, f"{torch.cuda.get_device_name()} {'has' if is_fast else 'has no'} bfloat16 units"
+        if feature == "flex_attention":
+            if importlib.util.find_spec("triton") is None:
+                return False, "its compiler, triton, is not installed"
+            return torch.cuda.get_device_capability() >= (
+                8,
+                0,
+            ), "its kernels are written for capability 8.0 and later"
         return True, "every such GPU does"
 
     def device(self, local_rank: int) -> torch.device:

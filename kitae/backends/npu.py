@@ -27,10 +27,12 @@ class NpuBackend:
         return int(self._module().device_count())
 
     def supports(self, feature: Feature) -> tuple[bool, str]:
-        return (
-            feature != "nf4",
-            "bitsandbytes has no NPU kernels" if feature == "nf4" else "every such NPU does",
-        )
+        missing = {
+            "nf4": "bitsandbytes has no NPU kernels",
+            "float8": "its casts to and from it are not known to be exact",
+            "flex_attention": "its compiler, triton, has no NPUs",
+        }
+        return feature not in missing, missing.get(feature, "every such NPU does")
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from kitae.jobs.endpoints import Endpoint
 
 
+SAID = "kitae: error: "
+"""What the command line puts before an error, which says nothing in a quotation."""
+
+
 def text_of(endpoint: Endpoint) -> str:
     """All a client needs, and what to do next."""
     info = endpoint.info()
@@ -31,24 +35,27 @@ def text_of(endpoint: Endpoint) -> str:
 
 
 def table_of(endpoints: list[Endpoint]) -> str:
-    """One line each: name, state, age, URL, model."""
+    """One line each: name, state, age, URL, model. Below, what is to be said of one."""
     if not endpoints:
         return "there is no endpoint; start one with kitae deploy MODEL"
     rows = [("NAME", "STATE", "AGE", "URL", "MODEL")]
+    notes = []
     for endpoint in endpoints:
         info = endpoint.info()
-        state = _state(info["state"], info.get("note"))
         url = info["url"] if info["state"] == "running" else None
-        rows.append((endpoint.name, state, _age(info["created"]), url or "-", str(info["model"])))
+        rows.append((endpoint.name, info["state"], _age(info["created"]), url or "-", str(info["model"])))
+        if note := info.get("note"):
+            notes.append(f"{endpoint.name}: {note.removeprefix(SAID)}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join(
+    lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, *notes])
 
 
 def _state(state: str, note: str | None) -> str:
-    return f"{state} ({note})" if note else state
+    return f"{state} ({note.removeprefix(SAID)})" if note else state
 
 
 def _age(created: float | None) -> str:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LLAMA_CPP_ONLY = ("n_gpu_layers", "cache_type_k", "cache_type_v", "threads")
-OWN_ONLY = ("quantization", "device", "tokenizer", "raw", "max_queue", "max_request_mib", "max_new_tokens", "temperature",
-            "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "seed", "stop")  # fmt: skip
+OWN_ONLY = ("quantization", "kv_cache_tokens", "device", "tokenizer", "raw", "max_queue", "max_request_mib",
+            "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+            "seed", "stop")  # fmt: skip
 """Settings of kitae's own engines, which another engine would not follow."""
 
 
@@ -82,6 +83,7 @@ def _for_gpus(use: Settings, name: str, adapters: dict[str, Path], common: dict[
     template = Template.load(
         load_tokenizer(use.model_settings()),
         data=DataSettings(system_prompt=use.system_prompt, template=use.template),
+        must_chat=False,
     )
     config = files.read_config(found.folder)
     unknown = sorted(
@@ -97,7 +99,7 @@ def _for_gpus(use: Settings, name: str, adapters: dict[str, Path], common: dict[
         model=str(found.folder),
         name=name,
         adapters={adapter: path.resolve() for adapter, path in adapters.items()},
-        template=template_with_system(template.text, template.system_prompt),
+        template=template_with_system(template.text, template.system_prompt) if template.can_chat else None,
         devices=tensor_parallel(backends.pick().count(), config.get("num_attention_heads") or 1),
         is_moe=any(config.get(key) for key in ("n_routed_experts", "num_experts", "num_local_experts")),
         dtype=use.dtype,

@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kitae.errors import GateError
-
-REJECTED = ".rejected"
-
-
-def check(
-    reference: str, output: Path, *, base: str | None, dequantize: bool, threads: int
-) -> dict[str, Any]:
-    """Compare what was just written with what it was made of; a failure takes its name away and raises GateError."""
-    from kitae.export.verify import verify
-
-    try:
-        report = verify(reference, [output], base=base, dequantize=dequantize, threads=threads)
-    except BaseException:
-        print(
-            f"kitae: {output} is whole, but was not checked; kitae export verify does that", file=sys.stderr
-        )
-        raise
-    return _settle(report, output)
+from kitae.export.gate import Check, first_failure
 
 
-def check_adapter(reference: str, output: Path, *, base: str | None) -> dict[str, Any]:
-    """The same for the GGUF file of an adapter alone."""
-    from kitae.export.verify import verify_adapter
+def checker(
+    reference: str,
+    *,
+    base: str | None,
+    dequantize: bool,
+    threads: int,
+    before: Callable[[], None] | None = None,
+) -> Check:
+    """What an export has to pass; `before` is called first. A table of what is wrong goes to standard error."""
 
-    return _settle(verify_adapter(reference, output, base=base), output)
+    def check(written: Path, name: str) -> dict[str, Any]:
+        from kitae.export.verify import verify
 
-
-def _settle(report: dict[str, Any], output: Path) -> dict[str, Any]:
-    from kitae.export.verify import save
-
-    path = save(report, output)
-    if report["passed"]:
+        if before is not None:
+            before()
+        try:
+            report = verify(
+                reference, [written], names=[name], base=base, dequantize=dequantize, threads=threads
+            )
+        except BaseException:
+            print(
+                f"kitae: {written} is whole, but was not checked; the same command does that, and with --no_verify "
+                f"it becomes {name} as it is",
+                file=sys.stderr,
+            )
+            raise
+        if not report["passed"]:
+            print(text_of(report), file=sys.stderr)
         return report
-    print(text_of(report), file=sys.stderr)
-    rejected = output.with_name(output.name + REJECTED)
-    if rejected.is_dir():
-        shutil.rmtree(rejected)
-    else:
-        rejected.unlink(missing_ok=True)
-    output.replace(rejected)
-    where = path if path.exists() else rejected / path.name
-    raise GateError(
-        f"{output.name} failed the gate: {_first(report)}; it is {rejected} now, the report {where}"
-    )
+
+    return check
 
 
 def compare(
@@ -76,12 +65,7 @@ def require_passed(report: Mapping[str, Any]) -> None:
     """Raise GateError for a comparison that found something wrong."""
     if not report["passed"]:
         names = ", ".join(row["name"] for row in report["rows"] if row["failures"])
-        raise GateError(f"{names} failed the gate: {_first(report)}")
-
-
-def _first(report: Mapping[str, Any]) -> str:
-    failures: list[str] = [failure for row in report["rows"] for failure in row["failures"]]
-    return failures[0] + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
+        raise GateError(f"{names} failed the gate: {first_failure(report)}")
 
 
 def text_of(report: Mapping[str, Any]) -> str:
@@ -106,11 +90,14 @@ def text_of(report: Mapping[str, Any]) -> str:
         for line in lines
     ]
     if report["not_run"]:
-        table.append(f"not run, only tensors compared: {report['not_run']}")
+        table.append(f"the original was not run: {report['not_run']}")
     else:
         table.append(
             f"{len(report['prompts'])} prompts, {report['positions']} positions; |d| of log-probabilities"
         )
+    for row in report["rows"]:
+        if row["not_checked"]:
+            table.append(f"not checked of {row['name']}: {'; '.join(row['not_checked'])}")
     for row in report["rows"]:
         table += [f"FAILED {row['name']}: {failure}" for failure in row["failures"][:5]]
         if len(row["failures"]) > 5:

@@ -53,8 +53,13 @@ class UseSettings(SamplingSettings):
     """Compute precision; auto takes bfloat16 where the device is fast in it, else float16 on a GPU and float32 on a CPU."""
     device: str = "auto"
     """auto, cpu, or a device of an available backend, such as cuda or npu."""
-    quantization: Literal["none", "nf4"] = "none"
-    """nf4 stores the linear weights in 4 bits."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """nf4 stores the linear weights in 4 bits. int8 samples with them and their inputs rounded to 8 bits, by the native
+    engine on a CPU: faster, and the answers are those of a slightly other model."""
+    kv_cache_tokens: int | None = Field(None, ge=16)
+    """Tokens whose keys and values the native engine keeps at a time, of all completions under way. More of them need more
+    memory and let more completions run side by side; the others wait, and the result does not depend on it. Default: what
+    half of the memory that is free when sampling begins can hold."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders whose code you have read."""
 
@@ -65,8 +70,11 @@ class UseSettings(SamplingSettings):
 
     def model_settings(self, *, name: str | None = None) -> ModelSettings:
         """The part that says what to load; `name` takes another model with the same choices."""
-        own = ("revision", "tokenizer", "dtype", "device", "quantization", "trust_remote_code")
-        return ModelSettings(name_or_path=name or self.model, **{key: getattr(self, key) for key in own})
+        own = ("revision", "tokenizer", "dtype", "device", "trust_remote_code")
+        stored = "nf4" if self.quantization == "nf4" else "none"
+        return ModelSettings(
+            name_or_path=name or self.model, quantization=stored, **{key: getattr(self, key) for key in own}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +111,16 @@ class Opened:
 
 
 def open_model(
-    use: UseSettings, *, name: str | None = None, default_system_prompt: str | None = None
+    use: UseSettings,
+    *,
+    name: str | None = None,
+    default_system_prompt: str | None = None,
+    must_chat: bool = True,
 ) -> Opened:
     """Load model, template and engine; `name` takes another model with the same choices.
 
-    `default_system_prompt` is for a model that was not trained with kitae, where use.system_prompt says nothing.
+    `default_system_prompt` is for a model that was not trained with kitae, where use.system_prompt says nothing. A model
+    without chat template is refused, unless prompts are given to it as they stand (use.raw) or it need not chat.
     """
     from kitae.data.chat import Template
     from kitae.data.templates import saved_template
@@ -119,11 +132,16 @@ def open_model(
     is_here = Path(model.name_or_path).is_dir()
     if is_here and saved_template(model.name_or_path) is not None:
         default_system_prompt = None  # it was trained with a system prompt, or without one
-    template = Template.load(load_tokenizer(model), data=data, default_system_prompt=default_system_prompt)
+    template = Template.load(
+        load_tokenizer(model),
+        data=data,
+        default_system_prompt=default_system_prompt,
+        must_chat=must_chat and not use.raw,
+    )
     if is_here:
         for difference in template.differences(model.name_or_path):
             log.warning("%s was trained with another template: %s", model.name_or_path, difference)
-    policy = load_policy(model, trainable=False)
+    policy = load_policy(model, trainable=False, may_spread=True)
     engine, _ = open_engine(
         policy,
         wanted=use.engine,
@@ -132,6 +150,8 @@ def open_model(
         stop_ids=template.stop_ids,
         decode=template.decode,
         max_rows=use.batch_size,
+        quantization="int8" if use.quantization == "int8" else "none",
+        kv_cache_tokens=use.kv_cache_tokens,
     )
     return Opened(policy=policy, template=template, engine=engine)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +23,10 @@ HELP = (
     "conversation to a file of training rows, /exit (or Ctrl-D) ends, Ctrl-C stops an answer"
 )
 LOCAL_ONLY = ("template", "raw", "batch_size", "engine", "revision", "tokenizer", "dtype", "device", "quantization",
-              "trust_remote_code")  # fmt: skip
-EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-"""Fields that OpenAI's own API has not; sent only where they are set."""
+              "kv_cache_tokens", "trust_remote_code")  # fmt: skip
+SENT = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+                                "stop")} | {"max_new_tokens": "max_tokens"}  # fmt: skip
+"""Settings and what requests call them; a server is sent those that the user gave, and knows best about the others."""
 
 
 class Settings(UseSettings):
@@ -36,7 +37,8 @@ class Settings(UseSettings):
     max_new_tokens: int = Field(2048, ge=1)
     """Longest answer in tokens; less where the model's context ends. With endpoint the server's own limit, unless given."""
     endpoint: str | None = None
-    """Address of an OpenAI-compatible server, such as kitae serve's; default: the model is loaded here."""
+    """Address of an OpenAI-compatible server, such as kitae serve's; default: the model is loaded here. The server is sent
+    only the sampling settings that are given; the others are as it was started with."""
     token: str | None = None
     """The endpoint's token. Others on this machine can read a command line; token_file is safer."""
     token_file: str | None = None
@@ -73,8 +75,7 @@ def main(argv: list[str]) -> int:
         talker, name = LocalTalker(open_model(use), use), use.model
     else:
         remote = Remote(use.endpoint, token=_token(use), model=use.model or None)
-        limit = use.max_new_tokens if "max_new_tokens" in notes.origins else None
-        talker, name = RemoteTalker(remote, use, limit=limit), remote.model
+        talker, name = RemoteTalker(remote, use, said=notes.origins), remote.model
     print(f"{name}: {HELP}", file=sys.stderr)
     conversation = Conversation(talker, folds=use.fold)
     while (line := _read_line()) is not None and line != "/exit":
@@ -192,17 +193,11 @@ class LocalTalker:
 class RemoteTalker:
     """A model behind an address."""
 
-    def __init__(self, remote: Remote, use: Settings, *, limit: int | None) -> None:
-        """`limit`: the most tokens of an answer; None leaves it to the server, which knows the model's context."""
+    def __init__(self, remote: Remote, use: Settings, *, said: Collection[str]) -> None:
+        """`said`: names of the settings that the user gave."""
         self._remote, self._use = remote, use
-        self._fields: dict[str, Any] = {"temperature": use.temperature, "top_p": use.top_p}
-        if limit is not None:
-            self._fields["max_tokens"] = limit
-        for name in EXTENSIONS:
-            if getattr(use, name) != Settings.model_fields[name].get_default():
-                self._fields[name] = getattr(use, name)
-        if use.stop:
-            self._fields["stop"] = use.stop
+        self._fields: dict[str, Any] = {field: getattr(use, name) for name, field in SENT.items() if name in said}
+        self._has_seed = "seed" in said
         if use.no_think:
             self._fields["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}
 
@@ -214,7 +209,8 @@ class RemoteTalker:
         shown = stream("")
         said = []
         try:
-            for piece in self._remote.stream(sent, seed=self._use.seed + number, **self._fields):
+            seed = {"seed": self._use.seed + number} if self._has_seed else {}
+            for piece in self._remote.stream(sent, **seed, **self._fields):
                 said.append(piece)
                 shown.add(piece)
         finally:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kitae.cli._endpoint import text_of
+from kitae.cli._endpoint import SAID, text_of
 from kitae.cli._open import warn_on_stderr
 from kitae.cli.serve import Settings
-from kitae.errors import ConfigError, KitaeError
+from kitae.errors import ConfigError, KitaeError, LockedError, PortError
 from kitae.settings import read
 
 if TYPE_CHECKING:
@@ -97,8 +97,11 @@ def _wait(endpoint: Endpoint) -> None:
     finally:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr)
-    if state != "running":
-        said = "; ".join(line.strip() for line in endpoint.job.log_tail(3) if line.strip())
-        raise KitaeError(
-            f"endpoint {endpoint.name} {state} while it was loading: {said or 'it said nothing'}"
-        )
+    if state == "running":
+        return
+    said = "; ".join(line.strip().removeprefix(SAID) for line in endpoint.job.log_tail(3) if line.strip())
+    error = KitaeError(f"endpoint {endpoint.name} {state} while it was loading: {said or 'it said nothing'}")
+    code = (endpoint.job.end() or {}).get("code")
+    if code in (PortError.exit_code, LockedError.exit_code):  # what a script may wait for and try again
+        error.exit_code = code
+    raise error

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,9 @@ from kitae.plugins import did_you_mean
 from kitae.settings import Notes, read
 
 if TYPE_CHECKING:
+    import torch
+
+    from kitae.export.gate import Check
     from kitae.export.shards import Progress
 
 VERBS = ("merge", "gguf", "fp8-to-bf16", "bf16-to-fp8", "verify")
@@ -32,6 +36,7 @@ ONLY = {
     "scale_format": ("merge", "bf16-to-fp8"),
     "type": ("gguf",),
     "adapter_only": ("gguf",),
+    "device": ("fp8-to-bf16", "bf16-to-fp8"),
     "pre_tokenizer": ("gguf",),
     "output": WRITING,
     "overwrite": WRITING,
@@ -77,6 +82,9 @@ class Settings(Section):
     have in FP8 in FP8."""
     scale_format: Literal["float32", "ue8m0"] = "float32"
     """Scales of new FP8 blocks: the largest magnitude over 448 in float32, or that rounded up to a power of two."""
+    device: str = "auto"
+    """fp8-to-bf16 and bf16-to-fp8: where blocks are computed; auto takes a GPU where there is one, and cpu never does. The
+    bits are the same."""
     dequantize: bool = False
     """merge and gguf: take a base that is stored in 4 bits, with the rounding it has, where its original cannot be had."""
     num_workers: int = Field(0, ge=0, le=256)
@@ -106,12 +114,11 @@ def main(argv: list[str]) -> int:
         report = _run(verb, use, None)
     else:
         try:
-            with _shown(sys.stderr.isatty()) as progress:
-                report = _run(verb, use, progress)
+            with _shown(sys.stderr.isatty()) as (progress, hide):
+                report = _run(verb, use, progress, hide=hide)
         except KeyboardInterrupt:
             print("kitae: what is done is kept; the same command goes on from there", file=sys.stderr)
             raise
-        report = _checked(verb, use, report)
     print(text_of(report))
     if use.json_file:
         write_json(use.json_file, report)
@@ -149,8 +156,6 @@ def from_python(verb: str, given: Mapping[str, Any]) -> dict[str, Any]:
     use, notes = parse(verb, given)
     warn_on_stderr(notes.warnings)
     report = _run(verb, use, None)
-    if verb != "verify":
-        report = _checked(verb, use, report)
     if use.json_file:
         write_json(use.json_file, report)
     if verb == "verify":
@@ -183,7 +188,10 @@ def _require_verb(verb: str) -> None:
         raise ConfigError(f"there is no kitae export {verb}; {did_you_mean(verb, VERBS)}")
 
 
-def _run(verb: str, use: Settings, progress: Progress | None) -> dict[str, Any]:
+def _run(
+    verb: str, use: Settings, progress: Progress | None, *, hide: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """What a verb does; `hide` takes the progress away before an export is checked."""
     from kitae.export import convert
 
     if verb == "verify":
@@ -196,10 +204,17 @@ def _run(verb: str, use: Settings, progress: Progress | None) -> dict[str, Any]:
             threads=use.num_workers,
             prompts=prompts,
         )
+    check = None
+    if not use.no_verify:
+        check = _gate.checker(
+            use.model, base=use.base, dequantize=use.dequantize, threads=use.num_workers, before=hide
+        )
     if verb == "gguf":
-        return _run_gguf(use, progress)
+        return _run_gguf(use, progress, check)
     output = Path(str(use.output)).expanduser()
-    how = convert.How(output=output, overwrite=use.overwrite, num_workers=use.num_workers)
+    how = convert.How(output=output, overwrite=use.overwrite, num_workers=use.num_workers, check=check)
+    if verb != "merge":
+        how = replace(how, device=_device_of_blocks(use.device))
     if verb == "fp8-to-bf16":
         return convert.fp8_to_bf16(use.model, how, progress=progress)
     if verb == "bf16-to-fp8":
@@ -215,7 +230,20 @@ def _run(verb: str, use: Settings, progress: Progress | None) -> dict[str, Any]:
     )
 
 
-def _run_gguf(use: Settings, progress: Progress | None) -> dict[str, Any]:
+def _device_of_blocks(name: str) -> torch.device:
+    """Where FP8 blocks are computed: a GPU that casts to and from it, else the CPU."""
+    from kitae import backends
+
+    device = backends.pick_device(name, setting="device")
+    is_fit, reason = backends.of(device).supports("float8")
+    if is_fit:
+        return device
+    if name != "auto":
+        raise ConfigError(f"device is {name!r}, but FP8 blocks are not computed there ({reason}); use cpu")
+    return backends.pick_device("cpu")
+
+
+def _run_gguf(use: Settings, progress: Progress | None, check: Check | None) -> dict[str, Any]:
     from kitae.export import gguf, gguf_lora
     from kitae.export.convert import How
     from kitae.export.gguf_types import find_type
@@ -227,7 +255,7 @@ def _run_gguf(use: Settings, progress: Progress | None) -> dict[str, Any]:
     else:
         output = gguf.default_output(use.model, kind)
     output = Path(use.output).expanduser() if use.output else output
-    how = How(output=output, overwrite=use.overwrite, num_workers=use.num_workers)
+    how = How(output=output, overwrite=use.overwrite, num_workers=use.num_workers, check=check)
     if use.adapter_only:
         return gguf_lora.write_lora(use.model, how, kind=kind, base=use.base, progress=progress)
     return gguf.write_gguf(
@@ -241,25 +269,14 @@ def _run_gguf(use: Settings, progress: Progress | None) -> dict[str, Any]:
     )
 
 
-def _checked(verb: str, use: Settings, report: dict[str, Any]) -> dict[str, Any]:
-    """The report with the gate's, unless it is switched off."""
-    if use.no_verify:
-        return report
-    output = Path(report["output"])
-    if use.adapter_only:
-        return {**report, "verify": _gate.check_adapter(use.model, output, base=use.base)}
-    found = _gate.check(use.model, output, base=use.base, dequantize=use.dequantize, threads=use.num_workers)
-    return {**report, "verify": found}
-
-
 @contextmanager
-def _shown(is_terminal: bool) -> Iterator[Progress]:
-    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere."""
+def _shown(is_terminal: bool) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """A bar with bytes per second and time left on a terminal, a line now and then elsewhere; and what ends the bar."""
     from kitae.export.shards import Progress
 
     if not is_terminal:
         lines = _Lines(lambda text: print(text, file=sys.stderr))
-        yield Progress(begin=lines.begin, say=lines.say)
+        yield Progress(begin=lines.begin, say=lines.say), lambda: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -275,7 +292,11 @@ def _shown(is_terminal: bool) -> Iterator[Progress]:
         def say(count: int) -> None:
             bar.advance(task, count)
 
-        yield Progress(begin=begin, say=say)
+        def hide() -> None:
+            bar.stop()
+            print("written; now compared with what it was made of", file=sys.stderr)
+
+        yield Progress(begin=begin, say=say), hide
 
 
 class _Lines:

@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
         require(
             not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out"
         )
+    for setting in ("raw", "seed"):
+        require(not getattr(use, setting), f"--{setting} has no effect in a server: requests say it; leave it out")
     return _serve(use, name, adapters)
 
 
@@ -143,7 +145,9 @@ def _run(
 
     if use.threads is not None:
         torch.set_num_threads(use.threads)
-    opened = open_model(use)
+    opened = open_model(use, must_chat=False)
+    if not opened.template.can_chat:
+        log.warning("%s has no chat template: it answers /v1/completions only; --template gives it one", name)
 
     def generic() -> LocalEngine:
         return open_engine(
@@ -161,7 +165,7 @@ def _run(
     )
     config = opened.policy.causal_lm.config.get_text_config()
     limits = Limits(
-        context=opened.context or 1 << 20,
+        context=min(opened.context or 1 << 20, engine.most_tokens),
         vocabulary=config.vocab_size,
         max_new_tokens=use.max_new_tokens,
         max_rows=use.batch_size,

@@ -182,8 +182,9 @@ class _Trace:
         from kitae.recipes import _variants as variants
         from kitae.recipes._judging import Judge
         from kitae.recipes._losses import chosen_loss
+        from kitae.recipes._reference import Reference
         from kitae.recipes._rewards import open_rewards
-        from kitae.recipes._sampling import Reference, Sampler, rewards_of
+        from kitae.recipes._sampling import Sampler, rewards_of
         from kitae.recipes.grpo import to_rows
         from kitae.rollout.generic import GenericEngine
 

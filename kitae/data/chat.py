@@ -48,11 +48,13 @@ class Template:
         self._encoder = TextEncoder(tokenizer)
         self._compiled = compile_template(source.text)
         self._origin = source.origin
+        self.can_chat = bool(source.text)
+        """False where the model has no chat template: it goes on from text, and every conversation is refused."""
         self._folds_system = False
         self._folds_system = not self._shows_system()
-        self.prefill = self._find_prefill([_USER], {})
+        self.prefill = self._find_prefill([_USER], {}) if self.can_chat else ""
         """The end of a rendered prompt that belongs to the completion; empty for most models."""
-        self._head, tail = self._around_content()
+        self._head, tail = self._around_content() if self.can_chat else ("", "")
         self._end_ids = self._find_end(tail)
         known = [i for i in source.stop_ids if i in self._encoder.ids]
         if len(known) < len(source.stop_ids):
@@ -68,19 +70,24 @@ class Template:
 
     @classmethod
     def load(
-        cls, tokenizer: Any, *, data: DataSettings, default_system_prompt: str | None = None
+        cls,
+        tokenizer: Any,
+        *,
+        data: DataSettings,
+        default_system_prompt: str | None = None,
+        must_chat: bool = True,
     ) -> Template:
-        """The template for a tokenizer under these settings.
+        """The template for a tokenizer under these settings; without `must_chat` a model may have none.
 
         The system prompt is data.system_prompt where that is given (even empty), else that of the template file or
         of the saved run, else `default_system_prompt`: GRPO passes `form_instruction(...)` here.
         """
-        source = find_template(tokenizer, data=data)
+        source = find_template(tokenizer, data=data, must_exist=must_chat)
         prompts = (data.system_prompt, source.system_prompt, default_system_prompt)
         system_prompt = next((prompt for prompt in prompts if prompt is not None), None)
         try:
             template = cls(tokenizer, source=source, system_prompt=system_prompt)
-            ids, _ = template.prompt([_USER])
+            ids = template.prompt([_USER])[0] if template.can_chat else []
         except RowError as error:
             raise ModelError(str(error)) from error
         if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
@@ -217,6 +224,8 @@ class Template:
             **THINKING_ON,
             **kwargs,
         }
+        if not self.can_chat:
+            raise RowError(f"{self._origin} has no chat template")
         try:
             return self._compiled.render(
                 messages=list(turns), add_generation_prompt=add_generation_prompt, **context

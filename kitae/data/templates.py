@@ -40,14 +40,16 @@ class TemplateSource:
     stop_ids: tuple[int, ...] = ()
 
 
-def find_template(tokenizer: Any, *, data: DataSettings) -> TemplateSource:
+def find_template(tokenizer: Any, *, data: DataSettings, must_exist: bool = True) -> TemplateSource:
     """The template that data.template names, else the tokenizer's own; tried out before it is returned.
+
+    Without `must_exist`, a tokenizer that has none gives the empty text.
 
     `tokenizer` is a Hugging Face tokenizer, typed Any because transformers is untyped. Beside a tokenizer that kitae
     saved lie the system prompt and stop ids it was trained with; they hold until a template file says otherwise.
     """
     if data.template is None:
-        source = replace(_own(tokenizer), **_saved(tokenizer))
+        source = replace(_own(tokenizer, must_exist=must_exist), **_saved(tokenizer))
     elif data.template == "alpaca":
         text = ALPACA.replace("{{ bos }}", "{{ bos_token }}" if _adds_bos(tokenizer) else "")
         source = TemplateSource(text=text, origin="the alpaca template")
@@ -72,10 +74,12 @@ def saved_template(folder: str | Path) -> dict[str, Any] | None:
     return dict(saved)
 
 
-def _own(tokenizer: Any) -> TemplateSource:
+def _own(tokenizer: Any, *, must_exist: bool) -> TemplateSource:
     text = tokenizer.chat_template
     if isinstance(text, dict):
         text = text.get("default")
+    if not text and not must_exist:
+        return TemplateSource(text="", origin=f"the tokenizer of {tokenizer.name_or_path or 'this model'}")
     if not text:
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; set data.template to a "

@@ -2,7 +2,7 @@
 
 Reads a job as JSON, runs llama.cpp's server (xllamacpp) on a loopback port with a key of its own, and writes what it
 said as JSON: log-probabilities after given tokens, greedy completions, token ids of texts, rendered conversations, and
-which ids end a completion.
+which ids end a completion. It prints a line for each answer of the server, by which a hang is told from slow work.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class _Server:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request) as answer:
             found: dict[str, Any] = json.load(answer)
+        print("answered", path, flush=True)
         return found
 
     def complete(self, ids: list[int], *, tokens: int, **more: Any) -> dict[str, Any]:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from kitae.errors import ConfigError, ModelError, RunDirError
-from kitae.export import folders, fp8, shards
-from kitae.export.adapter import HEAD, Adapter, Change, read_adapter
+from kitae.export import folders, fp8, gate, shards
+from kitae.export.adapter import HEAD, Adapter, Change
+from kitae.export.bases import base_and_adapter, check_base, match_adapter
 from kitae.export.shards import Item, Output, Pieces, Progress, Shard
 from kitae.export.weights import (
+    CPU,
     DTYPES,
     FLOATS,
     FP8,
@@ -34,9 +36,8 @@ from kitae.models import files
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Elements of a tensor that are worked on at a time: few enough for a core's cache."""
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 ScaleFormat = Literal["float32", "ue8m0"]
 
 
@@ -48,6 +49,10 @@ class How:
     overwrite: bool = False
     num_workers: int = 0
     """Threads; 0 takes as many as there are cores."""
+    check: gate.Check | None = None
+    """What an export must pass before it gets its name; None gives it the name as it is."""
+    device: torch.device = CPU
+    """Where FP8 blocks are computed; merging stays on the CPU."""
 
     @property
     def threads(self) -> int:
@@ -64,7 +69,7 @@ def fp8_to_bf16(model: str, how: How, *, progress: Progress | None = None) -> di
     config = files.read_json(folder / "config.json")
     config.pop("quantization_config", None)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = "bfloat16"
-    plan = _shards(weights, lambda name: _item(weights, name))
+    plan = _shards(weights, lambda name: _item(weights, name, device=how.device))
     report = _export("fp8-to-bf16", weights, plan, config, how, progress=progress)
     return {**report, "converted": len(weights.scales)}
 
@@ -83,7 +88,10 @@ def bf16_to_fp8(
     chosen = _to_quantize(weights)
     is_power = scale_format == "ue8m0"
     config["quantization_config"] = _quantization(config, weights, chosen, power_of_two=is_power)
-    plan = _shards(weights, lambda name: _item(weights, name, to_fp8=name in chosen, power_of_two=is_power))
+    plan = _shards(
+        weights,
+        lambda name: _item(weights, name, to_fp8=name in chosen, power_of_two=is_power, device=how.device),
+    )
     report = _export(
         "bf16-to-fp8", weights, plan, config, how, options={"scale_format": scale_format}, progress=progress
     )
@@ -151,33 +159,6 @@ def merge(
     return {**report, "base": str(folder), "adapted": len(found.changes)}
 
 
-def match_adapter(
-    weights: Weights, config: dict[str, Any], adapter_folder: Path
-) -> tuple[Adapter, str | None]:
-    """An adapter on this base, and the embeddings' name where the head that shared them gets weights of its own.
-
-    `config` is changed to say so.
-    """
-    shapes = {name: weights.shape(name) for name in weights.tensors}
-    embedding = next((n for n in shapes if n.endswith(EMBEDDINGS)), None)
-    is_tied = embedding is not None and (bool(config.get("tie_word_embeddings")) or HEAD not in shapes)
-    stores_head = HEAD in shapes
-    if is_tied and embedding is not None:
-        shapes.setdefault(HEAD, shapes[embedding])
-    found = read_adapter(adapter_folder, shapes)
-    if not found.is_trained:
-        raise ModelError(
-            f"{adapter_folder} changes nothing: all its B are zero, so merged it would equal the base; was it trained?"
-        )
-    keeps_tie = found.is_head_tied or not (HEAD in found.changes or embedding in found.changes)
-    if is_tied and not keeps_tie:
-        config["tie_word_embeddings"] = False
-        log.warning(
-            "the head had the embeddings' weights, and now gets its own: the adapter changed one of them"
-        )
-    return found, embedding if is_tied and not keeps_tie and not stores_head else None
-
-
 # what is there -------------------------------------------------------------------------------------------------
 
 
@@ -188,19 +169,6 @@ def _model_folder(name: str) -> Path:
     return found.folder
 
 
-def base_and_adapter(adapter: str, base: str | None) -> tuple[Path, Path]:
-    folder = files.find_folder(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter} has no adapter_config.json, so there is no adapter to merge")
-    if base is None:
-        found = files.find_model(adapter)
-        return found.folder, folder
-    found = files.find_model(base)
-    if found.adapter is not None:
-        raise ModelError(f"--base {base} is an adapter itself; merge that one first, and name the result")
-    return found.folder, folder
-
-
 def _require_plain(weights: Weights, config: Mapping[str, Any]) -> None:
     if weights.scales:
         raise ModelError(f"{weights.folder} is in FP8 already")
@@ -208,30 +176,6 @@ def _require_plain(weights: Weights, config: Mapping[str, Any]) -> None:
         method = config["quantization_config"].get("quant_method")
         raise ModelError(
             f"{weights.folder} is stored as {method!r}; FP8 is made of full-precision weights, so take those"
-        )
-
-
-def check_base(weights: Weights, config: Mapping[str, Any], *, dequantize: bool, to_fp8: bool) -> None:
-    folder = weights.folder
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if weights.packed:
-        if not dequantize:
-            raise ModelError(
-                f"the base {folder} is stored in 4 bits; name the full-precision model it was made of with --base, or "
-                "say --dequantize to merge into the rounded weights"
-            )
-        log.warning("merging into %s as dequantized from 4 bits: rounded weights, now in bfloat16", folder)
-        return
-    if dequantize:
-        raise ConfigError(f"--dequantize has no effect: {folder} is not stored in 4 bits; leave it out")
-    if method is not None and not (method == "fp8" and weights.scales):
-        raise ModelError(
-            f"the base {folder} is stored as {method!r}; name the full-precision model it was made of with --base"
-        )
-    if to_fp8 and weights.scales and weights.block != fp8.BLOCK:
-        raise ModelError(
-            f"{folder} has FP8 blocks of {weights.block[0]} x {weights.block[1]}, and kitae writes 128 x 128 only; "
-            "leave --dtype out for a BF16 model"
         )
 
 
@@ -291,6 +235,7 @@ def _item(
     change: Change | None = None,
     to_fp8: bool = False,
     power_of_two: bool = False,
+    device: torch.device = CPU,
 ) -> Item[Output]:
     """How tensor `name` of the output is made of `source` (else the same name) of the model."""
     source = source or name
@@ -309,13 +254,15 @@ def _item(
         return Item(kept, lambda: _copy(parts))
     if not to_fp8:
         kind = "BF16" if is_fp8 or is_packed else stored.dtype
-        return Item([Output(name, kind, shape)], lambda: _plain(weights, source, change, kind))
+        return Item([Output(name, kind, shape)], lambda: _plain(weights, source, change, kind, device))
     grid = fp8.Grid(rows=shape[0], columns=shape[1], block=fp8.BLOCK)
     scale_kind = "F32"
     if is_fp8 and power_of_two and weights.scales[source].dtype == "F8_E8M0":
         scale_kind = "F8_E8M0"
     outputs = [Output(name, FP8, shape), Output(name + SCALE_SUFFIX, scale_kind, grid.shape)]
-    return Item(outputs, lambda: _quantized(weights, source, change, DTYPES[scale_kind], power_of_two))
+    return Item(
+        outputs, lambda: _quantized(weights, source, change, DTYPES[scale_kind], power_of_two, device)
+    )
 
 
 def _copy(parts: list[Any]) -> Pieces:
@@ -325,9 +272,10 @@ def _copy(parts: list[Any]) -> Pieces:
     return False
 
 
-def _plain(weights: Weights, source: str, change: Change | None, kind: str) -> Pieces:
+def _plain(weights: Weights, source: str, change: Change | None, kind: str, device: torch.device) -> Pieces:
     is_changed = False
-    for before, after in _values(weights, source, change):
+    height = weights.block[0] if source in weights.scales else 1
+    for before, after in _values(weights, source, change, height=height, device=device):
         out = after.to(DTYPES[kind])
         is_changed = is_changed or (before is not None and not torch.equal(out, before.to(DTYPES[kind])))
         yield 0, shards.as_bytes(fp8.require_finite(out, name=source) if change else out)
@@ -335,10 +283,16 @@ def _plain(weights: Weights, source: str, change: Change | None, kind: str) -> P
 
 
 def _quantized(
-    weights: Weights, source: str, change: Change | None, scale_dtype: torch.dtype, power_of_two: bool
+    weights: Weights,
+    source: str,
+    change: Change | None,
+    scale_dtype: torch.dtype,
+    power_of_two: bool,
+    device: torch.device,
 ) -> Pieces:
     is_changed = False
-    for before, after in _values(weights, source, change):
+    height = math.lcm(fp8.BLOCK[0], weights.block[0])
+    for before, after in _values(weights, source, change, height=height, device=device):
         small, scale = fp8.quantize_rows(fp8.require_finite(after, name=source), power_of_two=power_of_two)
         is_changed = is_changed or (before is not None and not torch.equal(after, before))
         yield 0, shards.as_bytes(small)
@@ -346,10 +300,15 @@ def _quantized(
     return is_changed
 
 
-def _values(weights: Weights, source: str, change: Change | None) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Rows in float32 as they are in the base (None where nothing changes them) and as they become."""
-    shape, rows = weights.shape(source), weights.open(source)
-    step = 1 if len(shape) == 3 else math.lcm(fp8.BLOCK[0], weights.block[0])
+def _values(
+    weights: Weights, source: str, change: Change | None, *, height: int, device: torch.device
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Rows in float32 as they are in the base (None where nothing changes them) and as they become.
+
+    Of a matrix, a multiple of `height` at a time.
+    """
+    shape, rows = weights.shape(source), weights.open(source, device=device)
+    step = height if len(shape) == 2 else 1
     per_row = math.prod(shape[1:])
     step *= max(1, CHUNK // max(1, step * per_row))
     changed = change.open(is_fused=len(shape) == 3) if change else None
@@ -395,6 +354,9 @@ def _export(
         folders.carry(folder, weights.folder, None if adapter is None else adapter.folder)
         folders.write_index(folder, plan, has_index=len(weights.files) > 1)
         folders.write_config(folder, config)
+        checked = gate.examine(how.check, folder, how.output)
+        if checked is not None:
+            gate.save(checked, folder)
         folders.publish(folder, how.output)
     if not how.output.is_dir():
         raise RunDirError(f"{how.output} vanished while it was written")
@@ -406,4 +368,6 @@ def _export(
         "tensors": sum(len(shard.items) for shard in plan),
         "bytes": sum(entry["bytes"] for entry in entries.values()),
     }
-    return report if adapter is None else {**report, "changed": changed}
+    if adapter is not None:
+        report["changed"] = changed
+    return report if checked is None else {**report, "verify": checked}

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kitae.errors import RunDirError
-from kitae.export.shards import MANIFEST, Shard, os_errors
+from kitae.export.disk import os_errors
+from kitae.export.gate import REPORT
+from kitae.export.shards import MANIFEST, Shard
 from kitae.export.weights import INDEX
 from kitae.train.files import read_json, sync_folder, write_atomic
 from kitae.train.folder import OURS, SUPERVISORS, Lock
@@ -26,8 +28,6 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz"
 )  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates"
-REPORT = "kitae_verify.json"
-"""What the gate found; it holds for one export only."""
 
 
 def stamp(path: Path) -> list[Any]:

@@ -18,6 +18,7 @@ from kitae.config import ModelSettings
 from kitae.errors import ConfigError, ModelError, RunDirError
 from kitae.export import folders, gguf_file, shards
 from kitae.export.convert import How
+from kitae.export.disk import os_errors
 from kitae.export.gguf_metadata import model_metadata, num_experts
 from kitae.export.gguf_tensors import architecture, targets_of
 from kitae.export.gguf_types import FILE_TYPES, OWN, Typed, choose, find_type
@@ -59,33 +60,32 @@ def write_gguf(
     quantizer = None if kind in OWN else _find_quantizer(kind)
     source = open_source(model, base=base, dequantize=dequantize)
     own = kind if quantizer is None else "BF16"
-    typed, file = plan_file(
-        source, own, name=f"{how.output.stem}.gguf", title=how.output.stem, pre=pre_tokenizer
-    )
-    size = file.num_bytes
-    log.info("%s of %s: %s", own, model, human(size))
+    name = how.output.name if quantizer is None else f"bf16-for-{how.output.name}"
+    typed, file = plan_file(source, own, name=name, title=how.output.stem, pre=pre_tokenizer)
+    log.info("%s of %s: %s", own, model, human(file.num_bytes))
     identity = {
         "command": "gguf",
-        "options": {"type": own, "pre_tokenizer": pre_tokenizer, "dequantize": dequantize},
+        "options": {"type": kind, "pre_tokenizer": pre_tokenizer, "dequantize": dequantize},
         "source": [folders.stamp(path) for path in source.weights.files],
         "adapter": []
         if source.adapter is None
         else [folders.stamp(source.adapter / name) for name in folders.ADAPTER_FILES],
     }
-    how.output.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors(how.output.parent):
+        how.output.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {
-        "identity": identity, "num_workers": how.threads, "overwrite": how.overwrite,
-        "progress": progress or Progress(),
+        "identity": identity, "num_workers": how.threads, "progress": progress or Progress()
     }  # fmt: skip
+    size = file.num_bytes
     if quantizer is None:
-        gguf_file.write(file, how.output, **options)
+        checked = gguf_file.write(file, how.output, overwrite=how.overwrite, check=how.check, **options)
     else:
-        size = _through_quantizer(quantizer, kind, file, how, options)
+        checked, size = _through_quantizer(quantizer, kind, file, how, options)
     fallbacks = [f"{t.target.name} ({t.wanted} to {t.kind})" for t in typed if t.kind != t.wanted]
     if fallbacks:
         more = f" and {len(fallbacks) - SHOWN} more" if len(fallbacks) > SHOWN else ""
         log.warning("rows that do not fit their type: %s%s", ", ".join(fallbacks[:SHOWN]), more)
-    return {
+    report = {
         "command": "gguf",
         "model": str(source.adapter or source.weights.folder),
         "base": str(source.weights.folder),
@@ -95,6 +95,7 @@ def write_gguf(
         "bytes": size,
         "fallbacks": fallbacks,
     }
+    return report if checked is None else {**report, "verify": checked}
 
 
 def plan_file(
@@ -149,29 +150,35 @@ def _find_quantizer(kind: str) -> str:
 
 def _through_quantizer(
     quantizer: str, kind: str, file: gguf_file.File, how: How, options: dict[str, Any]
-) -> int:
-    """Write BF16 beside the output, let llama-quantize read it, and remove it."""
-    free = free_bytes(how.output.parent)
-    if free is not None and free < 2 * file.num_bytes:
-        raise RunDirError(
-            f"disk too small: {kind} takes up to {human(2 * file.num_bytes)} while it is made, have {human(free)} at "
-            f"{how.output.parent}; make space, or choose another --output"
-        )
-    between = how.output.with_name(f"{how.output.stem}.bf16-for-{kind}.gguf")
-    with gguf_file.prepare(how.output, overwrite=how.overwrite) as folder:
-        gguf_file.write(file, between, **{**options, "overwrite": True})
-        written = folder / how.output.name
-        try:
-            _run([quantizer, str(between), str(written), kind, str(how.threads)])
-        finally:
-            between.unlink(missing_ok=True)
+) -> tuple[dict[str, Any] | None, int]:
+    """Write BF16 aside, let llama-quantize read it, and remove it; the check's report, and the bytes of the file."""
+    identity = options["identity"]
+    with gguf_file.prepare(how.output, identity=identity, overwrite=how.overwrite) as folder:
+        between, written = folder / file.name, folder / how.output.name
+        if not shards.is_finished(written, identity=identity):
+            _require_space(kind, file, folder)
+            shards.write(folder, [file], **options)
+            aside = folder / f".tmp-{how.output.name}"
+            _run([quantizer, str(between), str(aside), kind, str(how.threads)])
+            shards.finish(aside, written, identity=identity)
+        between.unlink(missing_ok=True)
         size = written.stat().st_size
-        gguf_file.publish(folder, written, how.output)
-    return size
+        return gguf_file.publish(folder, written, how.output, check=how.check), size
+
+
+def _require_space(kind: str, file: gguf_file.File, folder: Path) -> None:
+    there = folder / file.name
+    needed = 2 * file.num_bytes - (there.stat().st_size if there.exists() else 0)
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise RunDirError(
+            f"disk too small: {kind} takes up to {human(needed)} while it is made, have {human(free)} at {folder}; "
+            "make space, or choose another --output"
+        )
 
 
 def _run(command: Sequence[str]) -> None:
-    with shards.os_errors(Path(command[2])):
+    with os_errors(Path(command[2])):
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]

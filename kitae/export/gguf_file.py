@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kitae.errors import MissingExtraError, ModelError, RunDirError
-from kitae.export import blocks, shards
+from kitae.errors import GateError, MissingExtraError, ModelError, RunDirError
+from kitae.export import blocks, gate, shards
+from kitae.export.disk import os_errors
 from kitae.export.folders import partial_of
 from kitae.export.fp8 import require_finite
 from kitae.export.gguf_types import PLAIN, Typed
@@ -122,17 +123,24 @@ def as_kind(x: Tensor, tensor: Typed) -> Tensor:
 
 
 @contextlib.contextmanager
-def prepare(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """The folder that a file is written in, locked; it goes when the file has its name."""
+def prepare(output: Path, *, identity: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """The folder that a file is written in, locked; it goes when the file has its name.
+
+    `overwrite` also empties it of another export that was stopped.
+    """
     if output.is_dir():
         raise RunDirError(f"{output} is a folder; a GGUF export needs the name of a file, ending in .gguf")
     if output.exists() and not overwrite:
         raise RunDirError(f"{output} is there already; choose another --output, or say --overwrite")
     folder = partial_of(output)
-    with shards.os_errors(folder):
+    with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / "lock")
     try:
+        if overwrite and shards.is_other(folder, identity):
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
         yield folder
     finally:
         if folder.exists():
@@ -148,21 +156,26 @@ def write(
     num_workers: int,
     overwrite: bool,
     progress: Progress,
-) -> int:
-    """Write a file, give it its name when it is whole, and return its bytes."""
-    with prepare(output, overwrite=overwrite) as folder:
-        if overwrite and shards.is_other(folder, identity):
-            for path in folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
+    check: gate.Check | None,
+) -> dict[str, Any] | None:
+    """Write a file, give it its name when it is whole and has passed the check, and return that one's report."""
+    with prepare(output, identity=identity, overwrite=overwrite) as folder:
         shards.write(folder, [file], identity=identity, num_workers=num_workers, progress=progress)
-        publish(folder, folder / file.name, output)
-    return file.num_bytes
+        return publish(folder, folder / file.name, output, check=check)
 
 
-def publish(folder: Path, written: Path, output: Path) -> None:
-    """Give a whole file its name, and remove the folder it was written in."""
-    with shards.os_errors(output):
+def publish(folder: Path, written: Path, output: Path, *, check: gate.Check | None) -> dict[str, Any] | None:
+    """Give a whole file its name when it has passed the check, and remove the folder it was written in."""
+    try:
+        report = gate.examine(check, written, output)
+    except GateError:
+        shutil.rmtree(folder)
+        raise
+    with os_errors(output):
+        gate.report_of(output).unlink(missing_ok=True)  # that of a file which had the name before
         written.replace(output)
         sync_folder(output.parent)
+        if report is not None:
+            gate.save(report, output)
         shutil.rmtree(folder)
+    return report

@@ -18,6 +18,7 @@ from kitae.errors import ModelError
 from kitae.export import folders, gguf_file
 from kitae.export.adapter import Change
 from kitae.export.convert import How
+from kitae.export.disk import os_errors
 from kitae.export.gguf_read import Opened, open_gguf, without_adapter
 from kitae.export.gguf_tensors import KV_B, Pieces, Target, architecture, targets_of
 from kitae.export.gguf_types import Typed
@@ -87,25 +88,28 @@ def write_lora(
         "source": [folders.stamp(path) for path in source.weights.files],
         "adapter": [folders.stamp(source.adapter / name) for name in folders.ADAPTER_FILES],
     }
-    how.output.parent.mkdir(parents=True, exist_ok=True)
-    size = gguf_file.write(
+    with os_errors(how.output.parent):
+        how.output.parent.mkdir(parents=True, exist_ok=True)
+    checked = gguf_file.write(
         file,
         how.output,
         identity=identity,
         num_workers=how.threads,
         overwrite=how.overwrite,
         progress=progress or Progress(),
+        check=how.check,
     )
-    return {
+    report = {
         "command": "gguf",
         "model": str(source.adapter),
         "base": str(source.weights.folder),
         "output": str(how.output),
         "type": kind,
         "tensors": len(typed),
-        "bytes": size,
+        "bytes": file.num_bytes,
         "fallbacks": [],
     }
+    return report if checked is None else {**report, "verify": checked}
 
 
 def _require_expressible(name: str, change: Change) -> None:

@@ -8,13 +8,11 @@ tensors are written side by side in any order. A second start reads finished sha
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import struct
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock as Mutex
@@ -26,6 +24,7 @@ import xxhash
 from torch import Tensor
 
 from kitae.errors import RunDirError
+from kitae.export.disk import explain, os_errors, send_to_disk
 from kitae.models.files import ELEMENT_BITS
 from kitae.train.files import free_bytes, human, read_json, sync_folder, write_json
 
@@ -34,6 +33,8 @@ FORMAT = 1
 IN_FLIGHT = 2
 """Shards at a time: while one is waiting for the disk, the cores work on the next."""
 READ_BYTES = 1 << 24
+SENT_BYTES = 1 << 24
+"""Of a tensor that are sent on their way to the disk at a time, while the next ones are computed."""
 SPARE_BYTES = 1 << 24
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -142,7 +143,7 @@ class Progress:
 
 def as_bytes(tensor: Tensor) -> Bytes:
     """A tensor's bytes as safetensors wants them."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
 def write(
@@ -190,28 +191,42 @@ def write(
     return {shard.name: done[shard.name] for shard in shards}
 
 
-def explain(error: OSError, path: Path) -> str:
-    """One line for an operating system error while an export is written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = free_bytes(path)
-        have = f" ({human(free)} left)" if free is not None else ""
-        return f"disk full{have} at {path}; make space, then give the same command again, which goes on there"
-    return f"cannot write {error.filename or path}: {error.strerror or error}; choose another --output"
-
-
-@contextmanager
-def os_errors(path: Path) -> Generator[None, None, None]:
-    """Turn an operating system error about an export into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise RunDirError(explain(error, path)) from error
-
-
 def is_other(folder: Path, identity: Mapping[str, Any]) -> bool:
     """Whether a folder holds half of another export."""
     manifest = read_json(folder / MANIFEST)
     return manifest is not None and manifest["identity"] != json.loads(json.dumps(dict(identity)))
+
+
+def is_finished(path: Path, *, identity: Mapping[str, Any]) -> bool:
+    """Whether `finish` gave a file its place for this export, and it is as it was."""
+    manifest = read_json(path.parent / MANIFEST)
+    if manifest is None or is_other(path.parent, identity) or not path.is_file():
+        return False
+    entry = manifest["shards"].get(path.name)
+    with os_errors(path):
+        return entry is not None and _digest_of_file(path) == entry["xxh3_128"]
+
+
+def finish(aside: Path, path: Path, *, identity: Mapping[str, Any]) -> None:
+    """Give a file that another program wrote its place in an export's folder, and note its hash there."""
+    with os_errors(path):
+        descriptor = os.open(aside, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        entry = {"bytes": aside.stat().st_size, "xxh3_128": _digest_of_file(aside)}
+        os.rename(aside, path)
+        sync_folder(path.parent)
+        _write_manifest(path.parent, identity, {path.name: entry})
+
+
+def _digest_of_file(path: Path) -> str:
+    hashed = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as stream:
+        while part := stream.read(READ_BYTES):
+            hashed.update(part)
+    return hashed.hexdigest()
 
 
 def _finished(
@@ -261,6 +276,7 @@ def _write_shard(
     def make(item: Item[Any]) -> bool:
         pieces = item.pieces()
         ends = [offsets[output.name] for output in item.outputs]
+        sent = list(ends)
         hashes = [xxhash.xxh3_128() for _ in item.outputs]
         while True:
             try:
@@ -271,6 +287,9 @@ def _write_shard(
             _write_at(descriptor, data.data, ends[which])
             hashes[which].update(data.data)
             ends[which] += len(data)
+            if ends[which] - sent[which] >= SENT_BYTES:
+                send_to_disk(descriptor, sent[which], ends[which] - sent[which])
+                sent[which] = ends[which]
             progress.say(len(data))
         for output, end, digest in zip(item.outputs, ends, hashes, strict=True):
             assert end == offsets[output.name] + output.num_bytes, (output, end)

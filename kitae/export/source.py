@@ -10,7 +10,7 @@ from typing import Any
 
 from kitae.errors import ConfigError, ModelError
 from kitae.export.adapter import HEAD, Change
-from kitae.export.convert import base_and_adapter, match_adapter
+from kitae.export.bases import base_and_adapter, match_adapter
 from kitae.export.weights import Rows, Weights, open_weights
 from kitae.models import files
 

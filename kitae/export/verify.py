@@ -18,30 +18,26 @@ from torch import Tensor
 
 from kitae.errors import KitaeError, ModelError
 from kitae.export.convert import How
-from kitae.export.folders import REPORT
-from kitae.export.gguf_file import require_gguf
 from kitae.export.gguf_lora import check_lora
-from kitae.export.gguf_metadata import model_metadata
 from kitae.export.gguf_read import Opened, open_gguf
-from kitae.export.gguf_tensors import architecture
-from kitae.export.gguf_vocab import load_template, tokenizer_metadata
-from kitae.export.pretokenizers import EXPRESSIONS, find_pretokenizer, unlike_probes
+from kitae.export.gguf_vocab import load_template
 from kitae.export.source import Source, open_source
 from kitae.export.verify_answers import (
     TOP,
     Answers,
     Exam,
+    Question,
     answers_of_dequantised,
     answers_of_folder,
-    answers_of_llama_cpp,
-    has_llama_cpp,
+    pose,
     sit,
+    stop_ids_of,
     tokenizer_of,
 )
+from kitae.export.verify_llama import answers_alone, answers_of_llama_cpp, has_llama_cpp
+from kitae.export.verify_metadata import end_differences, metadata_differences
 from kitae.export.verify_tensors import Tensors, check_tensors
 from kitae.export.weights import Weights, open_weights
-from kitae.models.files import read_json
-from kitae.train.files import finite, write_json
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +57,8 @@ ALLOWED_KL = {
 }  # fmt: skip
 """Nats, the mean over positions, by the type most matrices have; of a GGUF file by its coarsest."""
 ALLOWED_KL_OTHERS = 1.0
-GENERATION = "generation_config.json"
+TENSORS = "tensors only"
+IN_LLAMA_CPP = "whether llama.cpp loads it, reads and renders text alike, and stops"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,6 +81,8 @@ class Checked:
     template: str | None = None
     tensors: Tensors | None = None
     failures: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    """What could not be, here."""
 
     def as_json(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.__slots__ if name not in ("tensors",)}
@@ -94,88 +93,101 @@ def verify(
     reference: str,
     candidates: Sequence[str | Path],
     *,
+    names: Sequence[str] | None = None,
     base: str | None = None,
     dequantize: bool = False,
     prompts: Sequence[str] = PROMPTS,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """Compare exports with the model or adapter they were made of; `passed` of the report says whether all are fit."""
+    """Compare exports with the model or adapter they were made of; `passed` of the report says whether all are fit.
+
+    `names` is what they are called, where that is not what their files are called.
+    """
     source = open_source(reference, base=base, dequantize=dequantize)
     folder = source.adapter or source.weights.folder
     threads = How(output=Path(), num_workers=threads).threads
-    rows: list[Checked] = []
-    exam, said, why = _sit(source, folder, prompts)
-    if exam is not None and said is not None:
-        named = "base+adapter" if source.adapter is not None else "base"
-        if source.adapter is not None:
-            rows.append(_row_of_base(source, exam, said))
-        rows.append(
-            Checked(
-                name=named, kind=_kind_of_weights(source.weights), how=said.how, stops=said.stop_ids, template=said.template
-            )
-        )  # fmt: skip
+    paths = [Path(candidate).expanduser() for candidate in candidates]
+    for path in paths:
+        if not path.exists():
+            raise ModelError(f"no such file or folder: {path}")
+    alone = [is_adapter(path) for path in paths]
+    if all(alone):
+        asked = _Asked(why="adapters alone are compared by their tensors")
     else:
-        log.warning("the models are not run, only their tensors are compared: %s", why)
-    for candidate in candidates:
-        rows.append(_check(Path(candidate).expanduser(), source, exam, said, threads=threads))
+        asked = _ask_reference(source, folder, prompts)
+    rows = _rows_of_reference(source, asked)
+    for path, name, is_alone in zip(paths, names or [path.name for path in paths], alone, strict=True):
+        row = Checked(name=name, kind="", how=TENSORS)
+        try:
+            if is_alone:
+                _check_adapter(row, path, source)
+            else:
+                _check(row, path, source, asked, threads=threads)
+        except KitaeError as error:
+            row.failures.append(str(error))
+        rows.append(row)
+    exam = asked.exam
     return {
         "command": "verify",
         "reference": str(folder),
         "base": str(source.weights.folder),
         "prompts": list(prompts) if exam is not None else [],
         "positions": sum(map(len, exam.forced)) if exam is not None else 0,
-        "not_run": why,
+        "not_run": asked.why,
         "rows": [row.as_json() for row in rows],
         "passed": not any(row.failures for row in rows),
     }
 
 
-def verify_adapter(reference: str, candidate: Path, *, base: str | None = None) -> dict[str, Any]:
-    """Compare an adapter's GGUF file with the adapter, tensor by tensor."""
-    source = open_source(reference, base=base)
-    row = Checked(name=candidate.name, kind="", how="tensors only")
+# the reference ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The reference's part: what is asked, and what it said, or why it did not."""
+
+    questions: list[Question] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list)
+    exam: Exam | None = None
+    said: Answers | None = None
+    why: str | None = None
+
+
+def _ask_reference(source: Source, folder: Path, prompts: Sequence[str]) -> _Asked:
+    """The exam with the reference's answers; where it cannot be run, as much as its tokenizer gives."""
+    questions: list[Question] = []
+    stop_ids: list[int] = []
     try:
-        opened = open_gguf(candidate)
-        row.kind = _kind_of_gguf(opened)
-        row.tensors = check_lora(source, candidate)
-        row.failures += row.tensors.failures
-    except KitaeError as error:
-        row.failures.append(str(error))
-    return {
-        "command": "verify",
-        "reference": str(source.adapter),
-        "base": str(source.weights.folder),
-        "prompts": [],
-        "positions": 0,
-        "not_run": "the file is an adapter alone",
-        "rows": [row.as_json()],
-        "passed": not row.failures,
-    }
-
-
-def save(report: dict[str, Any], output: Path) -> Path:
-    """Write the report into an exported folder, or beside a file."""
-    path = output / REPORT if output.is_dir() else output.with_name(f"{output.name}.verify.json")
-    write_json(path, finite(report))
-    return path
-
-
-def _sit(
-    source: Source, folder: Path, prompts: Sequence[str]
-) -> tuple[Exam | None, Answers | None, str | None]:
-    """The exam with the reference's answers, or why it cannot be run."""
-    base = source.weights.folder if source.adapter is not None else None
-    try:
+        tokenizer = tokenizer_of(source.folder)
+        template = load_template(tokenizer)
+        questions, stop_ids = pose(tokenizer, template, prompts), stop_ids_of(tokenizer, template)
         exam, said = sit(
             folder,
-            prompts,
-            base=base,
-            tokenizer=tokenizer_of(source.folder),
+            questions,
+            base=source.weights.folder if source.adapter is not None else None,
+            tokenizer=tokenizer,
+            template=template,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        return exam, said, None
+        return _Asked(questions=questions, stop_ids=stop_ids, exam=exam, said=said)
     except KitaeError as error:
-        return None, None, str(error)
+        log.warning("%s is not run, so what it says is compared with nothing: %s", folder, error)
+        return _Asked(questions=questions, stop_ids=stop_ids, why=str(error))
+
+
+def _rows_of_reference(source: Source, asked: _Asked) -> list[Checked]:
+    """The table's first rows: the base of an adapter, and the reference."""
+    exam, said = asked.exam, asked.said
+    if exam is None or said is None:
+        return []
+    own = Checked(
+        name="base" if source.adapter is None else "base+adapter",
+        kind=_kind_of_weights(source.weights),
+        how=said.how,
+        stops=said.stop_ids,
+        template=said.template,
+    )
+    return [own] if source.adapter is None else [_row_of_base(source, exam, said), own]
 
 
 def _row_of_base(source: Source, exam: Exam, said: Answers) -> Checked:
@@ -190,31 +202,57 @@ def _row_of_base(source: Source, exam: Exam, said: Answers) -> Checked:
     return found
 
 
-def _check(
-    candidate: Path, source: Source, exam: Exam | None, said: Answers | None, *, threads: int
-) -> Checked:
-    """One export: its tensors, its metadata, and what it says."""
-    if not candidate.exists():
-        raise ModelError(f"no such file or folder: {candidate}")
-    is_file = candidate.is_file()
-    found = Checked(name=candidate.name, kind="", how="tensors only")
+# one export -------------------------------------------------------------------------------------------------------
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file is the GGUF of an adapter alone."""
+    if not path.is_file():
+        return False
     try:
-        opened = open_gguf(candidate) if is_file else None
-        found.kind = (
-            _kind_of_gguf(opened) if opened is not None else _kind_of_weights(open_weights(candidate))
+        return bool(open_gguf(path).metadata.get("general.type") == "adapter")
+    except KitaeError:  # damaged, which the check of a model says
+        return False
+
+
+def _check_adapter(row: Checked, path: Path, source: Source) -> None:
+    """An adapter's own file: every A and B against what the adapter does."""
+    if source.adapter is None:
+        raise ModelError(
+            f"{path.name} holds an adapter alone, which is compared with an adapter; name that one instead of "
+            f"{source.weights.folder}"
         )
-        found.tensors = check_tensors(source, candidate)
-        found.failures += found.tensors.failures
-        if opened is not None:
-            found.failures += _metadata_differences(opened, source)
-        else:
-            found.failures += _end_differences(candidate, source)
-        if exam is not None and said is not None:
-            answers = _ask(candidate, opened, source, exam, said, threads=threads)
-            _judge(found, said, answers)
-    except KitaeError as error:
-        found.failures.append(str(error))
-    return found
+    row.kind = _kind_of_gguf(open_gguf(path))
+    row.tensors = check_lora(source, path)
+    row.failures += row.tensors.failures
+    row.not_checked.append("what it says on its base in llama.cpp")
+
+
+def _check(row: Checked, path: Path, source: Source, asked: _Asked, *, threads: int) -> None:
+    """A model: its tensors, its metadata, and what it says."""
+    opened = open_gguf(path) if path.is_file() else None
+    row.kind = _kind_of_gguf(opened) if opened is not None else _kind_of_weights(open_weights(path))
+    row.tensors = check_tensors(source, path)
+    row.failures += row.tensors.failures
+    if opened is not None:
+        row.failures += metadata_differences(opened, source)
+    else:
+        row.failures += end_differences(path, source)
+    if asked.exam is not None and asked.said is not None:
+        answers = _ask(path, opened, source, asked.exam, asked.said, threads=threads)
+        _judge(row, asked.said, answers)
+        if opened is not None and not has_llama_cpp():
+            row.not_checked.append(IN_LLAMA_CPP)
+        return
+    row.not_checked.append("log-probabilities and completions against the original's")
+    if opened is None:
+        row.not_checked.append("stop ids, template and token ids")
+    elif asked.questions and has_llama_cpp():
+        found = answers_alone(path, asked.questions, stop_ids=asked.stop_ids, threads=threads)
+        row.how, row.stops = "llama.cpp, alone", found.stop_ids
+        row.failures += found.failures
+    else:
+        row.not_checked.append(IN_LLAMA_CPP)
 
 
 def _ask(
@@ -300,68 +338,3 @@ def _kind_of_gguf(opened: Opened) -> str:
     kinds = {opened.kind(name) for name in opened.tensors}
     others = kinds - ALLOWED_KL.keys()
     return sorted(others)[0] if others else max(kinds, key=lambda kind: list(ALLOWED_KL).index(kind))
-
-
-def _end_differences(folder: Path, source: Source) -> list[str]:
-    """Where a folder tells other programs to end completions otherwise than what it was made of."""
-    told = source.weights.folder
-    if source.adapter is not None and (source.adapter / GENERATION).is_file():
-        told = source.adapter
-    wanted, found = _ends(told), _ends(folder)
-    if not wanted or wanted == found:
-        return []
-    return [f"{GENERATION} and config.json end completions at ids {sorted(found)}, not {sorted(wanted)}"]
-
-
-def _ends(folder: Path) -> set[int]:
-    """eos_token_id as transformers and engines read it: of generation_config.json, else of config.json."""
-    for name in (GENERATION, "config.json"):
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        ids = content.get("eos_token_id")
-        if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
-    return set()
-
-
-def _metadata_differences(opened: Opened, source: Source) -> list[str]:
-    """What a file says otherwise than it would if it were written now: tokens, ids, template, sizes."""
-    gguf = require_gguf()
-    writer = gguf.GGUFWriter(None, architecture(source.config))
-    tokenizer = tokenizer_of(source.folder)
-    vocab_size = opened.shape("token_embd.weight")[0] if "token_embd.weight" in opened.tensors else 0
-    pre = opened.metadata.get("tokenizer.ggml.pre")
-    model_metadata(writer, source.config, vocab_size=vocab_size)
-    tokenizer_metadata(writer, tokenizer, load_template(tokenizer), size=vocab_size, pre=pre)
-    found = []
-    for key, value in writer.kv_data[0].items():
-        if key not in opened.metadata:
-            found.append(f"{key} is missing")
-        elif not _is_same(value.value, opened.metadata[key]):
-            found.append(f"{key} is {_short(opened.metadata[key])}, not {_short(value.value)}")
-    if opened.metadata.get("tokenizer.ggml.model") == "gpt2":
-        found += _pretokenizer_differences(pre, tokenizer.backend_tokenizer)
-    return found
-
-
-def _pretokenizer_differences(pre: Any, core: Any) -> list[str]:
-    """How a file's pre-tokenizer cuts text otherwise than the tokenizer, where one is known that does not."""
-    try:
-        known = find_pretokenizer(core)
-    except ModelError:  # single characters, or one that was named by hand: the prompts' ids tell
-        return []
-    if pre == known or pre not in EXPRESSIONS or not (unlike := unlike_probes(core, pre)):
-        return []
-    return [f"tokenizer.ggml.pre is {pre}, which cuts {_short(unlike[0])} otherwise than {known}"]
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    if isinstance(a, float):
-        return abs(a - float(b)) <= 1e-6 * max(1.0, abs(a))
-    if isinstance(a, list | tuple):
-        return list(a) == list(b)
-    return bool(a == b)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

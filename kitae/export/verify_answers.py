@@ -1,16 +1,13 @@
 """How a model answers, whatever runs it: log-probabilities of what may come next, greedy completions, where it stops.
 
-A folder runs in kitae; a GGUF file in llama.cpp (xllamacpp), or dequantised in kitae where that is not installed.
+A folder runs in kitae; a GGUF file in llama.cpp (verify_llama.py), or dequantised in kitae where that is not installed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,7 @@ from torch import Tensor
 from kitae.config import ModelSettings, SamplingSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
-from kitae.errors import ModelError, PlanError
+from kitae.errors import PlanError
 from kitae.export.gguf_read import Opened, write_back
 from kitae.export.gguf_vocab import load_template
 from kitae.export.source import Source
@@ -34,8 +31,6 @@ from kitae.types import Problem, Row
 
 TOP = 256
 """The reference's likeliest tokens, over which distributions are compared."""
-RETURNED = 4096
-"""Tokens that llama.cpp is asked for at each position."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +176,14 @@ def answers_of_folder(folder: Path, exam: Exam, *, reference: Any) -> Answers:
 
 def sit(
     folder: Path,
-    prompts: Sequence[str],
+    questions: list[Question],
     *,
     base: Path | None,
     tokenizer: Any,
+    template: Template | None,
     max_new_tokens: int,
 ) -> tuple[Exam, Answers]:
     """The exam that the reference's own greedy completions make, and its answers."""
-    template = load_template(tokenizer)
-    questions = pose(tokenizer, template, prompts)
     with loaded(folder, base=base) as (policy, how):
         greedy, texts = complete(
             policy, questions, tokenizer=tokenizer, template=template, max_new_tokens=max_new_tokens
@@ -222,77 +216,6 @@ def _differences(tokenizer: Any, template: Template | None, exam: Exam, referenc
     found = [f"{unlike} of {len(posed)} prompts become other token ids"] if unlike else []
     if tokenizer.get_vocab() != reference.get_vocab():
         found.append("the vocabulary is another one")
-    return found
-
-
-# GGUF ------------------------------------------------------------------------------------------------------------
-
-
-def has_llama_cpp() -> bool:
-    """Whether xllamacpp is installed."""
-    return importlib.util.find_spec("xllamacpp") is not None
-
-
-def answers_of_llama_cpp(
-    path: Path, exam: Exam, *, reference: Any, stop_ids: list[int], template: str | None, threads: int
-) -> Answers:
-    """What llama.cpp says, run in a process of its own; that it dies is a ModelError."""
-    size = max(
-        len(q.ids) + max(len(f), exam.max_new_tokens)
-        for q, f in zip(exam.questions, exam.forced, strict=True)
-    )
-    vocab = len(reference)
-    job = {
-        "path": str(path.resolve()),
-        "context": size + 8,
-        "threads": threads,
-        "sequences": [[q.ids, f] for q, f in zip(exam.questions, exam.forced, strict=True)],
-        "top": max(vocab, 1) + 1024 if vocab <= RETURNED else RETURNED,
-        "max_tokens": exam.max_new_tokens,
-        "stop_ids": stop_ids,
-        "texts": [q.text for q in exam.questions],
-        "conversations": [q.messages for q in exam.questions if q.messages],
-    }
-    said = run_llama_cpp(job)
-    differences = []
-    unlike = sum(ids != q.ids for ids, q in zip(said["tokens"], exam.questions, strict=True))
-    if unlike:
-        differences.append(f"{unlike} of {len(exam.questions)} prompts become other token ids in llama.cpp")
-    asked = [q for q in exam.questions if q.messages]
-    unlike = sum(text != q.text for text, q in zip(said["rendered"], asked, strict=True))
-    if unlike:
-        differences.append(f"{unlike} of {len(asked)} conversations are rendered otherwise by llama.cpp")
-    return Answers(
-        how="llama.cpp",
-        logprobs_QPV=[_dense(row) for row in said["positions"]],
-        greedy=[entry["ids"] for entry in said["greedy"]],
-        texts=[entry["text"] for entry in said["greedy"]],
-        stop_ids=[number for number in stop_ids if said["stops"][str(number)]],
-        template=template,
-        differences=differences,
-    )
-
-
-def run_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
-    """The worker's answer to a job."""
-    with TemporaryDirectory(prefix="kitae-llama-") as name:
-        asked, result = Path(name) / "job.json", Path(name) / "result.json"
-        asked.write_text(json.dumps(job), encoding="utf-8")
-        command = [sys.executable, "-m", "kitae.export._llama_worker", str(asked), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not result.is_file():
-            lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            told = [line for line in lines if "error" in line.lower()] or lines
-            raise ModelError(f"llama.cpp cannot run {job['path']}: {' / '.join(told[-3:])}")
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
-
-
-def _dense(row: list[list[list[Any]]]) -> Tensor:
-    size = 1 + max(max(ids) for ids, _ in row)
-    found = torch.full((len(row), size), -torch.inf)
-    for position, (ids, logprobs) in enumerate(row):
-        found[position, torch.tensor(ids)] = torch.tensor(logprobs, dtype=torch.float32)
     return found
 
 

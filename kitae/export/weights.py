@@ -35,6 +35,8 @@ EIGHT = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 PACKED_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 PACKED_STATE = ".quant_state.bitsandbytes__"
 
+CPU = torch.device("cpu")
+
 Rows = Callable[[int, int], Tensor]
 """Rows start to stop of a tensor in float32; the first dimension counts rows."""
 
@@ -83,18 +85,18 @@ class Weights:
             return tuple(_packed_state(self.packed[name])["shape"])
         return self.tensors[name].shape
 
-    def open(self, name: str) -> Rows:
-        """How to read a tensor's rows in float32."""
+    def open(self, name: str, *, device: torch.device = CPU) -> Rows:
+        """How to read a tensor's rows in float32, made on that device of what is stored."""
         stored = self.tensors[name]
         if name in self.packed:
             whole = _unpack(stored, self.packed[name])
-            return lambda start, stop: whole[start:stop]
+            return lambda start, stop: whole[start:stop].to(device)
         if name in self.scales:
-            scale, grid = self.scale(name), self.grid(name)
+            scale, grid = self.scale(name).to(device), self.grid(name)
             return lambda start, stop: dequantize_rows(
-                _read(stored, start, stop), scale, start=start, grid=grid, name=name
+                _read(stored, start, stop).to(device), scale, start=start, grid=grid, name=name
             )
-        return lambda start, stop: _read(stored, start, stop).float()
+        return lambda start, stop: _read(stored, start, stop).to(device).float()
 
     def grid(self, name: str) -> Grid:
         """How the blocks lie over a 2-D weight."""

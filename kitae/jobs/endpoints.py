@@ -8,6 +8,7 @@ server writes when it answers requests: its URL and the names of its models.
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
 import re
@@ -16,7 +17,8 @@ import shutil
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from kitae.plugins import did_you_mean
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,80}")
 MORE_S = 5.0
 """So much longer than for the answers under way has a server that is asked to end."""
+BEFORE_A_JOB = {"token", "alive"}
+"""What lies in a folder whose job is about to be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +135,17 @@ def deploy(words: Sequence[str], *, model: str, grace_s: float, name: str | None
         raise ConfigError(
             f"--name is {name!r}; use small letters, digits, _ . and -, beginning with a letter or digit"
         )
-    folder = _claim(name or _free_name(model))
-    job = Job.start(
-        folder,
-        [
-            *(sys.executable, "-m", "kitae", "serve", *words),
-            *("--api_key_file", str(folder / "token"), "--ready_file", str(folder / "ready.json")),
-        ],
-        grace_s=grace_s + MORE_S,
-        facts={"model": model},
-    )
+    with _names() as base:
+        folder = _claim(base / (name or _free_name(model)))
+        job = Job.start(
+            folder,
+            [
+                *(sys.executable, "-m", "kitae", "serve", *words),
+                *("--api_key_file", str(folder / "token"), "--ready_file", str(folder / "ready.json")),
+            ],
+            grace_s=grace_s + MORE_S,
+            facts={"model": model},
+        )
     return Endpoint(job)
 
 
@@ -158,6 +163,11 @@ def wait(endpoint: Endpoint, *, timeout_s: float | None = None, tick: Any = None
 
 def remove(endpoint: Endpoint) -> None:
     """Delete the folder of an endpoint that has ended, with its token and log."""
+    with _names():
+        _remove(endpoint)
+
+
+def _remove(endpoint: Endpoint) -> None:
     if endpoint.state() not in ENDED:
         raise LockedError(
             f"endpoint {endpoint.name} is {endpoint.state()}; stop it first: kitae endpoints stop {endpoint.name}"
@@ -165,18 +175,27 @@ def remove(endpoint: Endpoint) -> None:
     shutil.rmtree(endpoint.job.folder)
 
 
-def _claim(name: str) -> Path:
-    """A new folder with a new token; what an endpoint of this name that has ended left is removed."""
+@contextmanager
+def _names() -> Iterator[Path]:
+    """Inside it nobody else takes a name or gives one back; where endpoints lie."""
     base = home() / "endpoints"
     base.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder = base / name
+    with (base / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield base
+
+
+def _claim(folder: Path) -> Path:
+    """A new folder with a new token; what an endpoint of this name that has ended left is removed."""
     if (folder / "job.json").exists():
-        remove(Endpoint(Job(folder)))
+        _remove(Endpoint(Job(folder)))
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_A_JOB:
+        shutil.rmtree(folder)  # of a kitae deploy that was killed
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError as error:
         raise LockedError(
-            f"{folder} is being used by another kitae deploy, or is not an endpoint's; choose another --name"
+            f"{folder} is there and is not an endpoint's; choose another --name, or remove it"
         ) from error
     descriptor = os.open(folder / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "w", encoding="ascii") as file:

@@ -30,6 +30,12 @@ def activation_bytes(config: Any, *, num_tokens: int, element: int, recompute: b
     return num_tokens * (kept + ends)
 
 
+def layer_input_bytes(config: Any, *, num_tokens: int, element: int) -> int:
+    """Those of all layers' inputs, which is what recomputing begins from."""
+    text = config.get_text_config()
+    return int(num_tokens * text.num_hidden_layers * element * text.hidden_size)
+
+
 def _layer_bytes(config: Any, number: int, element: int) -> int:
     """Of one token in one layer."""
     norms: int = 4 * config.hidden_size

@@ -51,10 +51,19 @@ def load_critic(
     trainable: bool = True,
     optimizer: str = "adamw",
     ranks: int = 1,
+    tokens_per_pass: int = 2048,
 ) -> Critic:
     """Load a reward model, or a language model whose layers a critic takes over with a new head of zeros.
 
     `model` may be a folder, run, adapter folder or hub id of either kind. Under LoRA the head trains whole, beside the
     adapters. The other arguments are load_policy's.
     """
-    return load_as(Critic, model, lora=lora, trainable=trainable, optimizer=optimizer, ranks=ranks)
+    return load_as(
+        Critic,
+        model,
+        lora=lora,
+        trainable=trainable,
+        optimizer=optimizer,
+        ranks=ranks,
+        tokens_per_pass=tokens_per_pass,
+    )

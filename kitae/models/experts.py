@@ -9,12 +9,15 @@ frozen experts compute no weight gradient, and adapters (W + scale B A per exper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kitae.models import grouped, native
+from kitae.models.grouped import Groups, Rows
 
 ROUND_TO = 16
 """An expert's rows above this are rounded up to a multiple: oneDNN takes over a millisecond to prepare a new shape."""
@@ -47,48 +50,71 @@ def experts_forward(
     top_k_weights: Tensor,
     *,
     adapters: Mapping[str, list[ExpertAdapter]] | None = None,
+    kernels: bool = False,
 ) -> Tensor:
-    """transformers' experts interface; `adapters` by parameter name are added to that parameter's product."""
+    """transformers' experts interface; `adapters` by parameter name are added to that parameter's product.
+
+    With `kernels`, those of native.py compute it where they can.
+    """
     named = [(adapters or {}).get(name, []) for name in ("gate_up_proj", "down_proj")]
+    low = [tensor for own in named for adapter in own for tensor in (adapter.a_ERI, adapter.b_EOR)]
+    hidden_TH = hidden_TH.contiguous()
+    kernels = kernels and _is_swiglu(module)
+    kernels = kernels and grouped.fits(hidden_TH, module.gate_up_proj, module.down_proj, *low)
     task = _Task(
-        slots=_sort(top_k_index, module.num_experts),
+        slots=_sort(top_k_index, module.num_experts, kernels=kernels),
         gate=module._apply_gate,
         scales=[[adapter.scale for adapter in own] for own in named],
     )
-    low = [tensor for own in named for adapter in own for tensor in (adapter.a_ERI, adapter.b_EOR)]
     out: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
         hidden_TH, top_k_weights, module.gate_up_proj, module.down_proj, task, *low
     )
     return out
 
 
+def _is_swiglu(module: Any) -> bool:
+    """Whether the gate is silu(gate) up, gate and up one after the other: the class has transformers' own `_apply_gate`."""
+    gate = getattr(type(module), "_apply_gate", None)
+    is_default = gate is not None and gate.__name__ == "_default_apply_gate"
+    return is_default and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
 @dataclass(frozen=True, slots=True)
 class _Slots:
     """How many slots each expert has, and which token lies in each; padding slots hold token 0 with weight 0."""
 
-    sizes: list[int]
-    """Of each expert, 0 where it has none."""
+    groups: Groups
     slot_Tk: Tensor
     token_S: Tensor
 
-    def by_expert(
-        self, in_slots: Sequence[Tensor], of_experts: Sequence[Tensor]
-    ) -> Iterator[Sequence[Tensor]]:
-        """For each expert with slots, its rows of the tensors [S, ...], then its part of those [E, ...]."""
-        parts = [x.split(self.sizes) for x in in_slots] + [x.unbind() for x in of_experts]
-        return (own for size, own in zip(self.sizes, zip(*parts, strict=True), strict=True) if size)
+    def rows(self, x_TH: Tensor) -> Rows:
+        """Each slot's row of its token."""
+        if self.groups.kernels:
+            return Rows(x_TH.contiguous(), self.token_S)
+        return Rows(x_TH.index_select(0, self.token_S))
 
-    def weights(self, top_k_weights: Tensor) -> Tensor:
-        weight_S = top_k_weights.new_zeros(len(self.token_S))
-        weight_S[self.slot_Tk] = top_k_weights
+    def weights(self, weight_Tk: Tensor) -> Tensor:
+        """Each slot's weight, in float32."""
+        weight_S = torch.zeros(len(self.token_S), device=weight_Tk.device)
+        weight_S[self.slot_Tk] = weight_Tk.float()
         return weight_S
 
+    def sum(self, x_SH: Tensor, weight_Tk: Tensor | None = None) -> Tensor:
+        """Of each token's slots, times their weights where there are some, [T, H]."""
+        if self.groups.kernels:
+            return native.sum_slots(x_SH, self.slot_Tk, None if weight_Tk is None else weight_Tk.float())
+        x_TkH = x_SH.index_select(0, self.slot_Tk.flatten()).view(*self.slot_Tk.shape, -1)
+        if weight_Tk is None:
+            return x_TkH.sum(1)
+        return (x_TkH * weight_Tk[..., None]).sum(1).to(x_SH.dtype)
 
-def _sort(top_k_index: Tensor, num_experts: int) -> _Slots:
+
+def _sort(top_k_index: Tensor, num_experts: int, *, kernels: bool) -> _Slots:
     k = top_k_index.shape[1]
     expert_M, order_M = top_k_index.flatten().sort(stable=True)
-    counts = torch.bincount(expert_M, minlength=num_experts)
-    padded = torch.where(counts > ROUND_TO, (counts + ROUND_TO - 1) // ROUND_TO * ROUND_TO, counts)
+    counts = padded = torch.bincount(expert_M, minlength=num_experts)
+    if not kernels:
+        padded = torch.where(counts > ROUND_TO, (counts + ROUND_TO - 1) // ROUND_TO * ROUND_TO, counts)
     padding_before_E = (padded - counts).cumsum(0) - (padded - counts)
     slot_M = torch.arange(len(order_M), device=order_M.device) + padding_before_E[expert_M]
     slot_Tk = torch.empty_like(slot_M)
@@ -96,7 +122,7 @@ def _sort(top_k_index: Tensor, num_experts: int) -> _Slots:
     sizes = padded.tolist()
     token_S = slot_M.new_zeros(sum(sizes))
     token_S[slot_M] = order_M // k
-    return _Slots(sizes, slot_Tk.view_as(top_k_index), token_S)
+    return _Slots(Groups(padded, sizes, kernels), slot_Tk.view_as(top_k_index), token_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +131,22 @@ class _Task:
     gate: Callable[[Tensor], Tensor]
     scales: list[list[float]]
     """Of the adapters of gate_up_proj, and of down_proj."""
+
+    def gated(self, h_SG: Tensor) -> Tensor:
+        return native.gated(h_SG) if self.slots.groups.kernels else self.gate(h_SG)
+
+    def gated_backward(
+        self, h_SG: Tensor, grad_SI: Tensor, weight_S: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As native.gated_backward, for any gate."""
+        if self.slots.groups.kernels:
+            return native.gated_backward(h_SG, grad_SI, weight_S)
+        with torch.enable_grad():
+            h_SG = h_SG.detach().requires_grad_()
+            a_SI = self.gate(h_SG)
+        dots_S = (grad_SI.float() * a_SI.detach()).sum(1)
+        (grad_h_SG,) = torch.autograd.grad(a_SI, h_SG, grad_SI.mul_(weight_S[:, None]))
+        return grad_h_SG, a_SI.detach().mul_(weight_S[:, None]), dots_S
 
 
 class _Experts(torch.autograd.Function):
@@ -122,53 +164,38 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         slots = task.slots
         gate_up, down = _weights(gate_up_EGH, down_EHI, task, low)
-        h_SG = gate_up.product(hidden_TH.index_select(0, slots.token_S), slots)
-        y_SH = down.product(task.gate(h_SG), slots)
+        h_SG = gate_up.product(slots.rows(hidden_TH), slots.groups)
+        y_SH = down.product(Rows(task.gated(h_SG)), slots.groups)
         ctx.save_for_backward(hidden_TH, weight_Tk, gate_up_EGH, down_EHI, h_SG, *low)
         ctx.task = task
         ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (gate_up_EGH, down_EHI)]
-        y_TkH = y_SH.index_select(0, slots.slot_Tk.flatten()).view(*weight_Tk.shape, -1)
-        return (y_TkH * weight_Tk[..., None]).sum(1).to(hidden_TH.dtype)
+        return slots.sum(y_SH, weight_Tk)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_Tk, gate_up_EGH, down_EHI, h_SG, *low = ctx.saved_tensors
-        task, slots = ctx.task, ctx.task.slots
+        task, slots, groups = ctx.task, ctx.task.slots, ctx.task.slots.groups
         needs_hidden, needs_weights, needs_gate_up, needs_down, _, *needs_low = ctx.needs_input_grad
         gate_up, down = _weights(gate_up_EGH, down_EHI, task, low)
         split = 2 * len(task.scales[0])
-        with torch.enable_grad():  # the gate is any function of the model's
-            h_SG = h_SG.detach().requires_grad_()
-            a_SI = task.gate(h_SG)
-        # y is not kept: its product with the gradient, which the router gets, equals that of a with a's gradient.
-        grad_y_SH = grad_TH.index_select(0, slots.token_S)
-        grad_a_SI = down.back_product(grad_y_SH, slots)
-        grad_weight_Tk = None
-        if needs_weights:
-            dots_S = (grad_a_SI.float() * a_SI.detach()).sum(1)
-            grad_weight_Tk = dots_S[slots.slot_Tk].to(weight_Tk.dtype)
-        weight_S1 = slots.weights(weight_Tk)[:, None]
-        grad_y_SH.mul_(weight_S1)
-        grad_a_SI.mul_(weight_S1)
-        grad_down, *grads_down = down.gradients(
-            a_SI.detach(), grad_y_SH, slots, [needs_down, *needs_low[split:]], ctx.main_grads[1]
+        # A slot adds weight (a W^T) to its token. y = a W^T is not kept: its product with the gradient, which the router
+        # gets, equals that of a with a's gradient; and the weight may as well be a's where W's gradient is computed.
+        grad_y = slots.rows(grad_TH)
+        grad_h_SG, weighted_a_SI, dots_S = task.gated_backward(
+            h_SG, down.back_product(grad_y, groups), slots.weights(weight_Tk)
         )
-        grad_hidden_TH = grad_gate_up = None
-        grads_gate_up: list[Tensor | None] = [None] * split
-        if needs_hidden or needs_gate_up or any(needs_low[:split]):
-            (grad_h_SG,) = torch.autograd.grad(a_SI, h_SG, grad_a_SI)
-            grad_gate_up, *grads_gate_up = gate_up.gradients(
-                hidden_TH.index_select(0, slots.token_S),
-                grad_h_SG,
-                slots,
-                [needs_gate_up, *needs_low[:split]],
-                ctx.main_grads[0],
-            )
-            if needs_hidden:
-                grad_x_SH = gate_up.back_product(grad_h_SG, slots)
-                grad_x_TkH = grad_x_SH.index_select(0, slots.slot_Tk.flatten()).view(*weight_Tk.shape, -1)
-                grad_hidden_TH = grad_x_TkH.sum(1)
-        return grad_hidden_TH, grad_weight_Tk, grad_gate_up, grad_down, None, *grads_gate_up, *grads_down
+        grad_weight_Tk = dots_S[slots.slot_Tk].to(weight_Tk.dtype) if needs_weights else None
+        needs = [needs_down, *needs_low[split:]]
+        grads_down = down.gradients(Rows(weighted_a_SI), grad_y, groups, needs, ctx.main_grads[1])
+        grad_hidden_TH = None
+        needs = [needs_gate_up, *needs_low[:split]]
+        grads_gate_up = gate_up.gradients(
+            slots.rows(hidden_TH), Rows(grad_h_SG), groups, needs, ctx.main_grads[0]
+        )
+        if needs_hidden:
+            grad_hidden_TH = slots.sum(gate_up.back_product(Rows(grad_h_SG), groups))
+        first = grad_hidden_TH, grad_weight_Tk, grads_gate_up[0], grads_down[0], None
+        return *first, *grads_gate_up[1:], *grads_down[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,49 +205,36 @@ class _Weight:
     weight_EOI: Tensor
     adapters: list[ExpertAdapter]
 
-    def product(self, x_SI: Tensor, slots: _Slots) -> Tensor:
+    def product(self, x: Rows, groups: Groups) -> Tensor:
         """x W^T + scale (x A^T) B^T."""
-        y_SO = x_SI.new_empty(len(x_SI), self.weight_EOI.shape[1])
-        for x, y, weight in slots.by_expert([x_SI, y_SO], [self.weight_EOI]):
-            torch.mm(x, weight.t(), out=y)
+        y_SO = grouped.product(x, self.weight_EOI, groups)
         for a_ERI, b_EOR, scale in self.adapters:
-            for x, y, a, b in slots.by_expert([x_SI, y_SO], [a_ERI, b_EOR]):
-                y.addmm_(x @ a.t(), b.t(), alpha=scale)
+            low_SR = grouped.product(x, a_ERI, groups).mul_(scale)
+            grouped.product(Rows(low_SR), b_EOR, groups, add_to=y_SO)
         return y_SO
 
-    def back_product(self, grad_SO: Tensor, slots: _Slots) -> Tensor:
+    def back_product(self, grad: Rows, groups: Groups) -> Tensor:
         """The gradient of x: dY W + scale (dY B) A."""
-        grad_SI = grad_SO.new_empty(len(grad_SO), self.weight_EOI.shape[2])
-        for dy, dx, weight in slots.by_expert([grad_SO, grad_SI], [self.weight_EOI]):
-            torch.mm(dy, weight, out=dx)
+        grad_SI = grouped.back_product(grad, self.weight_EOI, groups)
         for a_ERI, b_EOR, scale in self.adapters:
-            for dy, dx, a, b in slots.by_expert([grad_SO, grad_SI], [a_ERI, b_EOR]):
-                dx.addmm_(dy @ b, a, alpha=scale)
+            low_SR = grouped.back_product(grad, b_EOR, groups).mul_(scale)
+            grouped.back_product(Rows(low_SR), a_ERI, groups, add_to=grad_SI)
         return grad_SI
 
     def gradients(
-        self,
-        x_SI: Tensor,
-        grad_SO: Tensor,
-        slots: _Slots,
-        needs: Sequence[bool],
-        main_grad: Tensor | None,
-    ) -> Iterator[Tensor | None]:
+        self, x: Rows, grad: Rows, groups: Groups, needs: Sequence[bool], main_grad: Tensor | None
+    ) -> list[Tensor | None]:
         """Of the weight (None where main_grad took it), then of each adapter's A and B; None where not needed."""
-        grad_EOI = main_grad
+        grads: list[Tensor | None] = [None]
         if needs[0]:
-            if grad_EOI is None:
-                grad_EOI = torch.zeros_like(self.weight_EOI)
-            for dy, x, dweight in slots.by_expert([grad_SO, x_SI], [grad_EOI]):
-                dweight.add_(dy.t() @ x)
-        yield grad_EOI if needs[0] and main_grad is None else None
+            grad_EOI = grouped.weight_gradient(grad, x, groups, add_to=main_grad)
+            grads = [grad_EOI if main_grad is None else None]
         for a_ERI, b_EOR, scale in self.adapters:
-            grad_ERI, grad_EOR = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
-            for dy, x, a, b, da, db in slots.by_expert([grad_SO, x_SI], [a_ERI, b_EOR, grad_ERI, grad_EOR]):
-                torch.mm((dy @ b).mul_(scale).t(), x, out=da)
-                torch.mm(dy.t(), (x @ a.t()).mul_(scale), out=db)
-            yield grad_ERI
-            yield grad_EOR
+            low_SR = grouped.back_product(grad, b_EOR, groups).mul_(scale)
+            grads.append(grouped.weight_gradient(Rows(low_SR), x, groups))
+            low_SR = grouped.product(x, a_ERI, groups).mul_(scale)
+            grads.append(grouped.weight_gradient(grad, Rows(low_SR), groups))
+        return grads
 
 
 def _weights(

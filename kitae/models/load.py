@@ -8,7 +8,7 @@ Code that comes with a model is not run unless model.trust_remote_code says so, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,8 @@ import torch
 from kitae import backends
 from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import estimate, files, quant, score, seams
+from kitae.models import checkpointing, estimate, files, placement, quant, score, seams
 from kitae.models import lora as adapters
-from kitae.models.activations import activation_bytes
 from kitae.models.bars import bars_for
 from kitae.models.families import find_family
 from kitae.models.policy import Policy
@@ -73,12 +72,15 @@ def load_policy(
     optimizer: str = "adamw",
     ranks: int = 1,
     packed_types: Collection[str] = (),
+    tokens_per_pass: int = 2048,
+    may_spread: bool = False,
 ) -> Policy:
     """Load a model with its seams, and with its adapter where it has one or `lora` asks for one.
 
     `trainable` False freezes everything: for sampling, evaluation, or a reference. `optimizer` (optim.name), the number
     of ranks that share the work, and the model types whose weights a sampler on a CPU will hold a second time only matter
-    to the memory estimate.
+    to the memory estimate; `tokens_per_pass`, the most of a forward pass, to gradient_checkpointing auto. With
+    `may_spread`, a frozen model that one device cannot hold lies on all of the machine's (placement.py).
     """
     return load_as(
         Policy,
@@ -88,6 +90,8 @@ def load_policy(
         optimizer=optimizer,
         ranks=ranks,
         packed_types=packed_types,
+        tokens_per_pass=tokens_per_pass,
+        may_spread=may_spread,
     )
 
 
@@ -100,6 +104,8 @@ def load_as(
     optimizer: str = "adamw",
     ranks: int = 1,
     packed_types: Collection[str] = (),
+    tokens_per_pass: int = 2048,
+    may_spread: bool = False,
 ) -> P:
     """What load_policy and load_critic have in common; `kind` says which transformers class holds the weights."""
     rank = lora.rank if lora is not None and trainable else 0
@@ -140,26 +146,42 @@ def load_as(
         packed_copy=device.type == "cpu" and config.model_type in packed_types,
     )
     meta = None
+    room: int | None = None
+    places: Mapping[str, torch.device] = {"": device}
     if not model.trust_remote_code:
         meta = estimate.build_on_meta(config, scores=kind.gives_scores)
         free, total = backends.of(device).memory(device)
         if device.type == "cpu":  # ranks of one machine share it
             free, total = free // ranks, total // ranks
+        if may_spread and not trainable and ":" not in model.device:
+            places = placement.spread(meta, plan, device=device, name=model.name_or_path) or places
+        if len(places) > 1:
+            memory = [backends.of(d).memory(d) for d in sorted(set(places.values()), key=str)]
+            free, total = (sum(sizes) for sizes in zip(*memory, strict=True))
         need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
         log.info(
             "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
         )
-        if trainable and find_family(config.model_type).is_tested:
-            _tell_activations(config, dtype, recompute=model.gradient_checkpointing)
+        if find_family(config.model_type).is_tested:
+            room = free - need.total_bytes - int(estimate.RESERVE * total)
+    way: checkpointing.Way = "keep"
+    if trainable:
+        way = checkpointing.choose(
+            model, config, dtype=dtype, device=device, tokens=tokens_per_pass, room=room
+        )
 
     causal_lm = _load_weights(
-        model, found, config, weights, kind=kind, stored=stored, dtype=dtype, device=device, meta=meta
+        model, found, config, weights, kind=kind, stored=stored, dtype=dtype, places=places, meta=meta
     )
     if kind.gives_scores:
         score.prepare(causal_lm, weights)
     family = find_family(causal_lm.config.model_type)
     wanted = model.seams.model_copy(update={"kernels": model.seams.kernels and not model.torch_compile})
     used = seams.install(causal_lm, wanted, family)
+    if trainable and used.attention and used.flex and backends.of(device).supports("flex_attention")[0]:
+        from kitae.models import flex  # imports torch's compiler
+
+        flex.install(causal_lm, device=device, dtype=dtype)
     peft: Any = None
     reference: str | None = None
     if found.adapter is not None:
@@ -172,8 +194,7 @@ def load_as(
         causal_lm.requires_grad_(trainable)
     if not trainable:
         causal_lm.requires_grad_(False)
-    if model.gradient_checkpointing:
-        _checkpoint_gradients(causal_lm)
+    checkpointing.apply(causal_lm, way)
     policy = kind(
         causal_lm,
         dtype=dtype,
@@ -187,21 +208,6 @@ def load_as(
         for layer in policy.layers:
             layer.compile()
     return policy.train(trainable)
-
-
-def _tell_activations(config: Any, dtype: torch.dtype, *, recompute: bool) -> None:
-    """Log what a pass keeps for its backward, and what it would with the other choice."""
-    mib = [
-        activation_bytes(config, num_tokens=1024, element=dtype.itemsize, recompute=choice) / 2**20
-        for choice in (recompute, not recompute)
-    ]
-    log.info(
-        "activations: about %.1f MiB per 1,024 tokens of a forward pass (%.1f with model.gradient_checkpointing %s, "
-        "in about a third %s time)",
-        *mib,
-        str(not recompute).lower(),
-        "less" if recompute else "more",
-    )
 
 
 def _check_adapter(found: files.ModelFiles, wanted: LoraSettings | None) -> None:
@@ -288,7 +294,7 @@ def _load_weights(
     kind: type[Policy],
     stored: str | None,
     dtype: torch.dtype,
-    device: torch.device,
+    places: Mapping[str, torch.device],
     meta: Any,
 ) -> Any:
     """The transformers model on its device; every parameter but a new score head must come from the checkpoint."""
@@ -320,7 +326,7 @@ def _load_weights(
                 source,
                 config=config,
                 dtype=dtype,
-                device_map={"": device} if device.type != "cpu" else None,
+                device_map=None if all(d.type == "cpu" for d in places.values()) else dict(places),
                 output_loading_info=True,
                 **options,
             )
@@ -336,13 +342,3 @@ def _load_weights(
     if (found.folder / "generation_config.json").is_file() and source is None:
         causal_lm.generation_config = GenerationConfig.from_pretrained(found.folder)
     return causal_lm
-
-
-def _checkpoint_gradients(causal_lm: Any) -> None:
-    if not causal_lm.supports_gradient_checkpointing:
-        raise ModelError(
-            f"model.gradient_checkpointing is on, but {causal_lm.config.model_type} models cannot; set it to false"
-        )
-    causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # Only the reentrant kind needs embeddings with a gradient; a frozen layer below the first adapter needs none.
-    causal_lm.disable_input_require_grads()

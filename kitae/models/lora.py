@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kitae.config import LoraSettings
 from kitae.errors import ConfigError, ModelError
 from kitae.models import adapted, experts, seams
+from kitae.models.files import header, weight_files
 from kitae.plugins import did_you_mean
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 ADAPTER, REFERENCE = "default", "reference"
 """peft's names of the adapter that trains, and of the frozen copy of the one a run started from."""
+SHOWN = 3
+LONGEST_REASON = 500
 MISREAD = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """Names of linears that peft takes for routed experts in a model that has fused ones."""
 FUSED_FROM = {
@@ -157,19 +160,55 @@ def load_adapter(
 ) -> tuple[Any, str | None]:
     """Put an adapter folder on the model; to go on training it, a frozen copy stays as the run's reference.
 
-    Returned are peft's wrapper and the name of that copy, None where the adapter does not train.
+    Returned are peft's wrapper and the name of that copy, None where the adapter does not train. An adapter that has
+    tensors without a place in the model, or lacks some, is refused.
     """
     from peft import PeftModel
 
-    with without_peft_chatter():
-        wrapper = PeftModel.from_pretrained(
-            causal_lm, folder, adapter_name=ADAPTER, is_trainable=trainable, autocast_adapter_dtype=False
-        )
-        if trainable:
-            wrapper.load_adapter(folder, REFERENCE, is_trainable=False, autocast_adapter_dtype=False)
-            wrapper.set_adapter(ADAPTER)
+    again = REFERENCE if trainable else ADAPTER
+    try:
+        with without_peft_chatter():
+            wrapper = PeftModel.from_pretrained(
+                causal_lm, folder, adapter_name=ADAPTER, is_trainable=trainable, autocast_adapter_dtype=False
+            )
+            # Without a reference it is loaded once more all the same: only this tells what found no place.
+            loaded: Any = wrapper.load_adapter(
+                folder, again, is_trainable=False, autocast_adapter_dtype=False
+            )
+            if trainable:
+                wrapper.set_adapter(ADAPTER)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"the adapter {folder} does not fit this model: {reason[:LONGEST_REASON]}"
+        ) from error
+    _require_all_in_place(folder, loaded, again)
     finish(causal_lm, dtype)
     return wrapper, REFERENCE if trainable else None
+
+
+def _require_all_in_place(folder: Path, loaded: Any, adapter: str) -> None:
+    """Refuse an adapter of which peft loaded but a part; `loaded` is what peft says of that."""
+    shapes = {
+        name: shape
+        for file in set(weight_files(folder).values())
+        for name, (_, shape) in header(file).items()
+    }
+
+    def named(keys: list[str]) -> str:
+        names = sorted(key.replace(f".{adapter}.", ".") for key in keys)
+        shown = ", ".join(f"{name} {shapes.get(name, '')}".rstrip() for name in names[:SHOWN])
+        return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+    for keys, what in (
+        (loaded.unexpected_keys, "without a place there"),
+        (loaded.missing_keys, "missing in it"),
+    ):
+        if keys:
+            raise ModelError(
+                f"the adapter {folder} does not fit this model; {what}: {named(keys)}; use it with the model it was "
+                "trained on"
+            )
 
 
 @contextmanager
@@ -299,7 +338,10 @@ def finish(causal_lm: nn.Module, dtype: torch.dtype) -> None:
     wrappers: list[Any] = [module for module in causal_lm.modules() if isinstance(module, ParamWrapper)]
     for wrapper in wrappers:
         base = wrapper.get_base_layer()
-        if not isinstance(base, nn.Linear) and base.config._experts_implementation == seams.NAME:
+        if not isinstance(base, nn.Linear) and base.config._experts_implementation in (
+            seams.NAME,
+            seams.NATIVE_NAME,
+        ):
             wrapper.forward = types.MethodType(_experts_forward, wrapper)
     adapted.install(causal_lm)
 
@@ -317,7 +359,10 @@ def _experts_forward(self: Any, hidden_TH: Tensor, top_k_index: Tensor, top_k_we
             adapter = experts.ExpertAdapter(a_ERI, b_EOR, wrapper.scaling[name])
             adapters.setdefault(wrapper.parameter_name, []).append(adapter)
         wrapper = wrapper.base_layer
-    return experts.experts_forward(wrapper, hidden_TH, top_k_index, top_k_weights, adapters=adapters)
+    kernels = wrapper.config._experts_implementation == seams.NATIVE_NAME
+    return experts.experts_forward(
+        wrapper, hidden_TH, top_k_index, top_k_weights, adapters=adapters, kernels=kernels
+    )
 
 
 def _initialise_(name: str, parameter: nn.Parameter, seed: int) -> None:

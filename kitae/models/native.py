@@ -1,7 +1,8 @@
 """The training kernels of kernels/training.cpp as autograd functions: what a decoder layer does beside its matrix products.
 
 Each is the float32 result of its torch formula, rounded once, and takes CPU tensors in float32 or bfloat16; `fits` says
-whether it takes these. The bits do not depend on the number of threads.
+whether it takes these. Attention in bfloat16 rounds its weights too, before their product with the values, as
+FlashAttention does. The bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ ARGUMENTS = {
     "kitae_swiglu": [c_int, *[c_void_p] * 2, c_int64, c_void_p],
     "kitae_swiglu_backward": [c_int, *[c_void_p] * 3, c_int64, *[c_void_p] * 2],
     "kitae_add": [c_int, c_void_p, c_int64, c_void_p],
+    "kitae_grouped_product": [
+        c_int,
+        *[c_void_p] * 3,
+        c_int64,
+        c_void_p,
+        c_int,
+        *[c_int64] * 2,
+        c_int,
+        c_void_p,
+    ],
+    "kitae_grouped_outer": [c_int, *[c_void_p] * 5, *[c_int64] * 3, c_void_p],
+    "kitae_gated": [c_int, c_void_p, *[c_int64] * 2, c_void_p],
+    "kitae_gated_backward": [c_int, *[c_void_p] * 3, *[c_int64] * 2, *[c_void_p] * 3],
+    "kitae_sum_slots": [c_int, *[c_void_p] * 3, *[c_int64] * 3, c_void_p],
     "kitae_target_logprobs": [c_int, *[c_void_p] * 2, *[c_int64] * 2, c_float, *[c_void_p] * 4],
     "kitae_attend": [c_int, *[c_void_p] * 5, c_int64, *[c_void_p] * 2],
     "kitae_attend_backward": [c_int, *[c_void_p] * 9, c_int64, *[c_void_p] * 3],
@@ -154,8 +169,8 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
-class _Heads(ctypes.Structure):
-    """As in kernels/attention.h."""
+class _Attended(ctypes.Structure):
+    """As in kernels/training.cpp."""
 
     _fields_ = (
         ("queries", c_int64),
@@ -163,7 +178,13 @@ class _Heads(ctypes.Structure):
         ("size", c_int64),
         ("value_size", c_int64),
         ("scaling", c_float),
+        ("strides", c_int64 * 8),
     )
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scaling: float) -> _Attended:
+        strides = [step for x in (q, k, v, dout) for step in x.stride()[:2]]
+        return cls(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scaling, (c_int64 * 8)(*strides))
 
 
 def attend(
@@ -197,24 +218,32 @@ class _Attend(torch.autograd.Function):
         padding: Sequence[int],
         scaling: float,
     ) -> Tensor:
-        q, k, v = q_TQD.contiguous(), k_TKD.contiguous(), v_TKD.contiguous()
-        heads = _Heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scaling)
+        q, k, v = (_whole_heads(x) for x in (q_TQD, k_TKD, v_TKD))
         out, lse = q.new_empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2])
-        _call("kitae_attend", q, q, k, v, ctypes.byref(heads), segments, len(segments), out, lse)
+        shapes = ctypes.byref(_Attended.of(q, k, v, out, scaling))
+        _call("kitae_attend", q, q, k, v, shapes, segments, len(segments), out, lse)
         out[padding[0] : padding[1]] = 0.0
         ctx.save_for_backward(q, k, v, out, lse, segments, groups)
-        ctx.heads, ctx.padding = heads, padding
+        ctx.scaling, ctx.padding = scaling, padding
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         q, k, v, out, lse, segments, groups = ctx.saved_tensors
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros(x.shape) for x in (k, v))
-        pointers = (ctypes.byref(ctx.heads), segments, groups, len(groups) - 1, dq, dk, dv)
-        _call("kitae_attend_backward", q, q, k, v, out, lse, dout.contiguous(), *pointers)
-        dq[ctx.padding[0] : ctx.padding[1]] = 0.0
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        dout = _whole_heads(dout)
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        shapes = ctypes.byref(_Attended.of(q, k, v, dout, ctx.scaling))
+        _call(
+            "kitae_attend_backward", q, q, k, v, out, lse, dout, shapes, segments, groups, len(groups) - 1, *grads
+        )
+        for grad in grads:
+            grad[ctx.padding[0] : ctx.padding[1]] = 0.0
+        return *grads, None, None, None, None
+
+
+def _whole_heads(x_THD: Tensor) -> Tensor:
+    """The tensor with each head's numbers beside each other, copied where they are not."""
+    return x_THD if x_THD.stride(-1) == 1 else x_THD.contiguous()
 
 
 def target_logprobs_(
@@ -245,3 +274,57 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 def add_(total: Tensor, x: Tensor) -> None:
     """total += x, without the float32 copy of x that torch makes; total is float32 and without gaps."""
     _call("kitae_add", x, x.contiguous(), x.numel(), total)
+
+
+def grouped_product(
+    x: Tensor,
+    index_S: Tensor | None,
+    sizes_E: Tensor,
+    weight_EOI: Tensor,
+    *,
+    is_transposed: bool,
+    adds: bool,
+    out: Tensor,
+) -> None:
+    """Into, or onto, `out`: rows of x, sorted by group, times their group's W^T or W; sizes_E of the groups is int64."""
+    depth, columns = weight_EOI.shape[:0:-1] if is_transposed else weight_EOI.shape[1:]
+    shape = (len(sizes_E), weight_EOI, is_transposed, depth, columns)
+    _call("kitae_grouped_product", x, x, index_S, sizes_E, *shape, adds, out)
+
+
+def add_grouped_outer_(
+    total_EOI: Tensor,
+    y: Tensor,
+    y_index_S: Tensor | None,
+    x: Tensor,
+    x_index_S: Tensor | None,
+    sizes_E: Tensor,
+) -> None:
+    """total += y^T x of each group's rows; total is float32 and without gaps."""
+    pointers = (y, y_index_S, x, x_index_S, sizes_E)
+    _call("kitae_grouped_outer", x, *pointers, *total_EOI.shape, total_EOI)
+
+
+def gated(h_SG: Tensor) -> Tensor:
+    """silu(gate) x up of rows that hold gate, then up."""
+    a_SI = h_SG.new_empty(len(h_SG), h_SG.shape[1] // 2)
+    _call("kitae_gated", h_SG, h_SG, *a_SI.shape, a_SI)
+    return a_SI
+
+
+def gated_backward(h_SG: Tensor, grad_SI: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sums of weight_S gated(h): the gradient of h, weight_S gated(h), and the gradient of weight_S; weights are float32.
+
+    `grad_SI` is the gradient of gated(h) where its weight is 1.
+    """
+    grad_h_SG, weighted_SI, dots_S = torch.empty_like(h_SG), torch.empty_like(grad_SI), torch.empty(len(h_SG))
+    given = (h_SG, grad_SI, weight_S, *grad_SI.shape)
+    _call("kitae_gated_backward", h_SG, *given, grad_h_SG, weighted_SI, dots_S)
+    return grad_h_SG, weighted_SI, dots_S
+
+
+def sum_slots(x_SH: Tensor, slot_Tk: Tensor, weight_Tk: Tensor | None) -> Tensor:
+    """Sum of each token's rows of x, times their float32 weights where there are some, [T, H]."""
+    out_TH = x_SH.new_empty(len(slot_Tk), x_SH.shape[1])
+    _call("kitae_sum_slots", x_SH, x_SH, slot_Tk, weight_Tk, *slot_Tk.shape, x_SH.shape[1], out_TH)
+    return out_TH

@@ -200,7 +200,7 @@ class Policy(nn.Module):
             use_cache=False,
             **passed_to_attention,
         ).last_hidden_state
-        return hidden
+        return hidden.to(input_ids_T.device)  # the last layers may lie on another device (placement.py)
 
     def _hidden_row_by_row(self, input_ids_T: Tensor, packing: Packing) -> Tensor:
         """Every segment by itself, after its prefix, through the model's own attention; padding gets zeros."""

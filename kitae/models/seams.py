@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from kitae.types import Packing
 log = logging.getLogger(__name__)
 
 NAME = "kitae"
-"""What our functions are called in transformers' registries; attention by kernels has a name of its own."""
+"""What our functions are called in transformers' registries; those that compute by kernels have a name of their own."""
 NATIVE_NAME = "kitae_kernels"
 HARMLESS = {
     "position_ids",
@@ -54,9 +55,11 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionInterface.register(NATIVE_NAME, functools.partial(_attention, kernels=True))
+    AttentionInterface.register(NAME, packed_attention)
+    by_kernels = functools.partial(attention.attend, kernels=True)
+    AttentionInterface.register(NATIVE_NAME, functools.partial(packed_attention, attend=by_kernels))
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts.experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(NATIVE_NAME, functools.partial(experts.experts_forward, kernels=True))
     plain_TH = None
     has_logits = causal_lm.get_output_embeddings() is not None  # a critic has a score instead
     if not family.is_tested:
@@ -65,7 +68,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         plain_TH = compared.plain_hidden(causal_lm)
     on_cpu = next(causal_lm.parameters()).device.type == "cpu"
     use_kernels = settings.kernels and on_cpu and native.library() is not None
-    use_experts = _install_experts(causal_lm, settings, plain_TH)
+    use_experts = _install_experts(causal_lm, settings, plain_TH, name=NATIVE_NAME if use_kernels else NAME)
     reason = compared.why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
         reason = _try_attention(causal_lm, NATIVE_NAME if use_kernels else NAME, plain_TH)
@@ -85,7 +88,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _attention(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -96,7 +99,7 @@ def _attention(
     scaling: float,
     dropout: float = 0.0,
     kv_cache: AttentionCache | None = None,
-    kernels: bool = False,
+    attend: Callable[..., Tensor] = attention.attend,
     **others: Any,  # each architecture passes its own
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over one packed row: [1, heads, T, D] in, [1, T, heads, D] out."""
@@ -111,7 +114,7 @@ def _attention(
         layer = module.layer_idx
         assert isinstance(layer, int), f"attention layer without a number: {layer!r}"
         return kv_cache.attend(layer, q_TQD, k_TKD, v_TKD, packing, scaling)[None], None
-    out = attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout, kernels=kernels)
+    out = attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout)
     return out[None], None
 
 
@@ -131,7 +134,7 @@ def _try_attention(causal_lm: Any, name: str, plain_TH: Tensor | None) -> str | 
     return reason
 
 
-def _install_experts(causal_lm: Any, settings: SeamSettings, plain_TH: Tensor | None) -> bool:
+def _install_experts(causal_lm: Any, settings: SeamSettings, plain_TH: Tensor | None, *, name: str) -> bool:
     modules = [m for m in causal_lm.modules() if hasattr(m, "_apply_gate") and hasattr(m, "num_experts")]
     if not modules:
         return settings.experts
@@ -141,7 +144,7 @@ def _install_experts(causal_lm: Any, settings: SeamSettings, plain_TH: Tensor | 
     own = causal_lm.config._experts_implementation
     reason = None if all(map(experts.is_plain, modules)) else "experts of another layout"
     if reason is None:
-        causal_lm.set_experts_implementation(NAME)
+        causal_lm.set_experts_implementation(name)
         if plain_TH is not None and not compared.is_close(
             compared.plain_hidden(causal_lm), plain_TH, causal_lm.dtype
         ):

@@ -76,13 +76,13 @@ def open_data(cfg: Settings, setup: Setup) -> Data:
     held_out: Sequence[Any] | None = None
     all_rows: Sequence[list[Row]] = []
     if share < 1:
-        all_rows, held_out = setup.rendered_rows(max_length=cfg.data.max_length)
-        rows = setup.loader(all_rows, items_per_step=per_step)
+        all_rows, held_out = setup.data.rendered_rows(max_length=cfg.data.max_length)
+        rows = setup.data.loader(all_rows, items_per_step=per_step)
     if share > 0:
-        problems, unseen = setup.problems(
+        problems, unseen = setup.data.problems(
             max_prompt_length=cfg.rollout.max_prompt_length, purpose="rl" if share == 1 else "sft"
         )
-        prompts = setup.loader(problems, items_per_step=per_step, name="prompts")
+        prompts = setup.data.loader(problems, items_per_step=per_step, name="prompts")
         held_out = unseen if rows is None else held_out
     return Data(rows=rows, prompts=prompts, all_rows=all_rows, held_out=held_out)
 

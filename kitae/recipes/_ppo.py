@@ -74,7 +74,13 @@ def make_learners(cfg: Settings, setup: Setup, *, total: int, warmup: int) -> tu
 
 def _own_critic(cfg: Settings, setup: Setup, model: ModelSettings, *, total: int) -> Learner:
     log.info("the critic starts from %s", model.name_or_path)
-    critic = load_critic(model, lora=cfg.lora, optimizer=cfg.optim.name, ranks=setup.world.world_size)
+    critic = load_critic(
+        model,
+        lora=cfg.lora,
+        optimizer=cfg.optim.name,
+        ranks=setup.world.world_size,
+        tokens_per_pass=setup.most_tokens,
+    )
     fsdp.shard(critic, setup.world)
     optim = cfg.optim.model_copy(update={"learning_rate": cfg.critic.learning_rate})
     learner = Learner(critic, optim=optim, total_steps=total, world=setup.world)

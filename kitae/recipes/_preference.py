@@ -24,7 +24,7 @@ import xxhash
 from kitae.algos.losses import LossFn
 from kitae.algos.preference import per_side
 from kitae.errors import CheckpointError
-from kitae.recipes._sampling import Scorer
+from kitae.recipes._reference import Scorer
 from kitae.recipes._setup import Evaluate, Setup
 from kitae.train.files import JsonLines, disk_errors
 from kitae.train.learner import Learner

@@ -1,21 +1,18 @@
-"""Sampling as recipes use it: groups of rollouts, and what scores their tokens."""
+"""Sampling as recipes use it: groups of rollouts from the present weights, and their rewards as a tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from kitae.config import RolloutSettings, SamplingSettings
-from kitae.data.collate import empty_batch, with_stream
-from kitae.models.policy import Policy
-from kitae.parallel.world import World
+from kitae.config import RolloutSampling, RolloutSettings
 from kitae.rollout.base import OnRollout, RolloutEngine
 from kitae.train.learner import Learner
-from kitae.types import Batch, Problem, Rollout, Row, Score
+from kitae.types import Problem, Rollout, Score
 
 Groups = list[list[Rollout]]
 Scores = list[list[Score]]
@@ -46,18 +43,20 @@ class Sampler:
     def drawing(self, *, temperature: float, step: int) -> dict[str, Any]:
         """How the completions of a step are drawn, as arguments of RolloutEngine.generate."""
         rollout = self._rollout
-        sampling = SamplingSettings(
+        sampling = RolloutSampling(
             temperature=temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             min_p=rollout.min_p,
             max_new_tokens=rollout.max_new_tokens,
+            stop=rollout.stop,
         )
         return {"sampling": sampling, "seed": self._seed * 1_000_003 + step}
 
     def greedy(self, problems: Sequence[Problem], *, on_rollout: OnRollout | None = None) -> Groups:
         """The likeliest completion of each problem, as groups of one."""
-        sampling = SamplingSettings(temperature=0.0, max_new_tokens=self._rollout.max_new_tokens)
+        rollout = self._rollout
+        sampling = RolloutSampling(temperature=0.0, max_new_tokens=rollout.max_new_tokens, stop=rollout.stop)
         with self.present_weights():
             return self.engine.generate(
                 problems, n=1, sampling=sampling, seed=self._seed, on_rollout=on_rollout
@@ -69,49 +68,6 @@ class Sampler:
         with self._learner.unsharded():
             self.engine.sync()
             yield
-
-
-class Scorer(Protocol):
-    """Anything that scores batches."""
-
-    def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]: ...
-
-
-class FrozenModel:
-    """A second copy of a fully fine-tuned model, as it was before the run."""
-
-    def __init__(self, policy: Policy, *, world: World) -> None:
-        self._policy, self._world = policy.eval(), world
-
-    @torch.no_grad()
-    def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """Log-probabilities of each batch's predictions; ranks with fewer batches take part with empty ones."""
-        missing = max(self._world.gather_json(len(batches))) - len(batches)
-        return [self._policy(b).logprobs_N for b in [*batches, *[empty_batch()] * missing]][: len(batches)]
-
-
-class Reference:
-    """The frozen model that a KL term pulls towards, or any other that gives a round's tokens a stream of log-probs."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        *,
-        collate: Callable[..., list[Batch]],
-        stream: str = "ref_logprobs",
-        renew: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`collate(rows, temperature=...)` lays rows out as the training passes are."""
-        self._scorer, self._collate, self._stream = scorer, collate, stream
-        self.renew = renew
-        """Lets the policy as it is now be the reference."""
-
-    def annotate(self, groups: list[list[Row]], *, temperature: float) -> list[list[Row]]:
-        """The groups with one more stream, scored at the temperature they were sampled at."""
-        rows = [row for group in groups for row in group]
-        batches = self._collate(rows, temperature=temperature)
-        scored = iter(with_stream(rows, self._stream, batches, self._scorer.logprobs(batches)))
-        return [[next(scored) for _ in group] for group in groups]
 
 
 def rewards_of(scores: Scores, *, num_generations: int) -> torch.Tensor:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from kitae.algos.losses import LossFn
 from kitae.config import GroupRolloutSettings, ModelSettings, RewardSettings, RolloutSettings
 from kitae.data.chat import Template
 from kitae.data.collate import collate
-from kitae.data.formats import Purpose
-from kitae.data.loader import Loader
-from kitae.data.mixing import Mixture, hold_out
-from kitae.data.pairs import RenderedPairs, WithMismatched
-from kitae.data.problems import RenderedProblems
-from kitae.data.rendered import RenderedRows
-from kitae.data.sources import Dataset, open_dataset
 from kitae.errors import NonFiniteError
 from kitae.models import frozen
 from kitae.models.estimate import MOMENT_BYTES
@@ -39,33 +31,24 @@ from kitae.models.policy import Policy
 from kitae.models.save import save_policy
 from kitae.parallel import fsdp
 from kitae.parallel.world import World
+from kitae.recipes._data import RunData
 from kitae.recipes._judging import Judge
-from kitae.recipes._prompts import Prompts
+from kitae.recipes._passes import most_tokens
+from kitae.recipes._reference import FrozenModel, Reference, Scorer
 from kitae.recipes._rewards import Rewards, open_rewards, part_means
-from kitae.recipes._sampling import (
-    FrozenModel,
-    Groups,
-    Reference,
-    Sampler,
-    Scorer,
-    Scores,
-)
+from kitae.recipes._sampling import Groups, Sampler, Scores
 from kitae.recipes._summary import sample_records, summarise
-from kitae.rewards import reasoning
 from kitae.rewards.pool import RewardPool
 from kitae.rollout.background import BackgroundEngine
 from kitae.rollout.choose import open_engine
 from kitae.rollout.shapes import MODEL_TYPES
-from kitae.train.difficulty import Difficulty
 from kitae.train.learner import Learner
-from kitae.train.progress import Ticker, as_text
+from kitae.train.progress import as_text
 from kitae.train.run import Run
 from kitae.types import Batch, Problem, Row
 
 log = logging.getLogger(__name__)
 Evaluate = Callable[[], dict[str, float]]
-SPLIT_SEED = 0
-"""Held-out rows do not change with train.seed, so that runs with other seeds are judged on the same rows."""
 
 
 class Setup:
@@ -74,9 +57,9 @@ class Setup:
     def __init__(self, cfg: Any, *, world: World, run: Run, template: Template) -> None:
         # cfg is Any: each recipe has its own Settings class, and shares the sections used here.
         self.cfg, self.world, self.run, self.template = cfg, world, run, template
+        self.data = RunData(cfg, world=world, run=run, template=template)
+        """Rows, pairs and prompts."""
         self._learner: Learner | None = None
-        self._mixture: Mixture[Any] | None = None
-        self._difficulty: Difficulty | None = None
         self._rewards: list[RewardPool | Rewards] = []
         self._background: BackgroundEngine | None = None
         self._also_saved: list[Callable[[Path], None]] = []
@@ -108,12 +91,13 @@ class Setup:
             rewards.close()
 
     @property
-    def _skips_bad_rows(self) -> bool:
-        return bool(self.cfg.data.on_bad_row == "skip")
-
-    @property
     def _model(self) -> ModelSettings:
         return self.on_device(self.cfg.model)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest forward pass of an update."""
+        return most_tokens(self.cfg, per_forward=backends.of(self.world.device).tokens_per_forward)
 
     def on_device(self, model: ModelSettings) -> ModelSettings:
         """A model's settings, on this rank's own device."""
@@ -121,162 +105,10 @@ class Setup:
             return model
         return model.model_copy(update={"device": str(self.world.device)})
 
-    # data -----------------------------------------------------------------------------------------------------
-
-    def rendered_rows(self, *, max_length: int) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
-        """Training and evaluation rows (None where none were asked for), rendered once and kept on disk."""
-
-        def render(dataset: Sequence[Any], use: str = "training") -> Sequence[list[Row]]:
-            return RenderedRows(
-                dataset,
-                use=use,
-                template=self.template,
-                max_length=max_length,
-                skip_bad=self._skips_bad_rows,
-                on_progress=Ticker("rows rendered", total=len(dataset)),
-            )
-
-        sources, held_out = self._sources(purpose="sft")
-        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
-
-    def problems(
-        self, *, max_prompt_length: int, purpose: Purpose = "rl"
-    ) -> tuple[Sequence[Problem], Sequence[Problem] | None]:
-        """The same as questions to sample from; too long ones are dropped and counted."""
-
-        def render(dataset: Sequence[Any], first_index: int = 0) -> Sequence[Problem]:
-            return RenderedProblems(
-                dataset,
-                template=self.template,
-                max_prompt_length=max_prompt_length,
-                skip_bad=self._skips_bad_rows,
-                first_index=first_index,
-                on_progress=Ticker("prompts rendered", total=len(dataset)),
-            )
-
-        sources, held_out = self._sources(purpose=purpose)
-        starts = accumulate(map(len, sources), initial=0)
-        rendered = [render(source, start) for source, start in zip(sources, starts, strict=False)]
-        return self._mixed(rendered), held_out and render(held_out)
-
-    def pairs(
-        self, *, max_length: int, max_prompt_length: int | None = None, margin_column: str = ""
-    ) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
-        """Training and evaluation pairs, `[chosen, rejected]` each; evaluation is None where none was asked for."""
-
-        def render(dataset: Sequence[Any], use: str = "training") -> RenderedPairs:
-            return self._rendered_pairs(
-                dataset, max_length, max_prompt_length, use=use, margin_column=margin_column
-            )
-
-        sources, held_out = self._sources(purpose="pairs")
-        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
-
-    def labelled(
-        self, *, max_length: int, max_prompt_length: int | None = None
-    ) -> tuple[Sequence[list[Row]], Sequence[list[Row]] | None]:
-        """The same as labelled completions, each followed by its prompt with another prompt's completion."""
-
-        def render(dataset: Sequence[Any], use: str = "training") -> WithMismatched:
-            items = self._rendered_pairs(dataset, max_length, max_prompt_length, use=use, as_labels=True)
-            return WithMismatched(items, max_length=max_length)
-
-        sources, held_out = self._sources(purpose="labels")
-        return self._mixed([render(s) for s in sources]), held_out and render(held_out, "evaluation")
-
-    def _rendered_pairs(
-        self, dataset: Sequence[Any], max_length: int, max_prompt_length: int | None, **how: Any
-    ) -> RenderedPairs:
-        # **how: the other keyword arguments of RenderedPairs.
-        return RenderedPairs(
-            dataset,
-            template=self.template,
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-            skip_bad=self._skips_bad_rows,
-            on_progress=Ticker("pairs rendered", total=len(dataset)),
-            **how,
-        )
-
-    def loader(self, items: Sequence[Any], *, items_per_step: int, name: str = "loader") -> Loader[Any]:
-        """Walks through items in the order of the seed, this rank's share of each step; part of every checkpoint."""
-        loader = Loader(
-            items,
-            items_per_step=items_per_step,
-            seed=self.cfg.train.seed,
-            shuffle=self.cfg.data.shuffle,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
-            order=self._mixture.order if self._mixture else None,
-        )
-        self.run.track(name, loader)
-        return loader
-
-    def prompts(self, problems: Sequence[Problem], *, rollout: GroupRolloutSettings) -> Prompts:
-        """The prompts of each round; from here on report_round counts how hard each problem is (difficulty.jsonl)."""
-        loader = self.loader(problems, items_per_step=rollout.prompts_per_round)
-        self._difficulty = Difficulty(right_from=reasoning.RIGHT_ANSWER if self._is_reasoning else 1.0)
-        self.run.track("difficulty", self._difficulty)
-        mixture = self._mixture
-        spares = Loader(
-            range(len(problems)),
-            items_per_step=1,
-            seed=self.cfg.train.seed + 1,
-            # An order that no epoch of the loader has.
-            order=None if mixture is None else lambda epoch: mixture.order(epoch + 1_000_003),
-        )
-        self.run.track("spares", spares)
-        return Prompts(
-            problems,
-            loader=loader,
-            spares=spares,
-            world=self.world,
-            curriculum=self._difficulty if rollout.curriculum == "pass_rate" else None,
-            refill_passes=rollout.refill,
-        )
-
     def total_steps(self, *, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole run: train.max_steps, or the epochs' worth."""
         epochs = self.cfg.train.num_train_epochs
         return int(self.cfg.train.max_steps or max(1, round(steps_per_epoch * epochs)))
-
-    def _sources(self, *, purpose: Purpose) -> tuple[list[Sequence[Any]], Sequence[Any] | None]:
-        """Training sources (one, or one per weight), and evaluation rows if any are asked for."""
-        data = self.cfg.data
-        reward = getattr(self.cfg, "reward", None)  # distillation samples and judges nothing
-        judges = {reward.function, *reward.extra} if reward is not None else set()
-        need_answer = purpose == "rl" and not judges.isdisjoint({"reasoning", "math"})
-
-        def read(paths: Sequence[str], *, split: str, max_rows: int | None) -> Dataset:
-            return open_dataset(
-                paths,
-                data=data,
-                purpose=purpose,
-                need_answer=need_answer,
-                split=split,
-                max_rows=max_rows,
-                on_progress=Ticker("rows read"),
-            )
-
-        groups = [[path] for path in data.train] if data.weights else [data.train]
-        sources: list[Any] = [read(paths, split=data.split, max_rows=data.max_rows) for paths in groups]
-        self.run.identify(data="+".join(source.fingerprint for source in sources))
-        held_out: Sequence[Any] | None = None
-        if data.eval or data.eval_split:
-            split = data.eval_split or data.split
-            held_out = read(data.eval or data.train, split=split, max_rows=self.cfg.eval.max_rows)
-        elif self.cfg.eval.steps and data.hold_out:
-            most = max(1, self.cfg.eval.max_rows // len(sources))
-            parts = [hold_out(s, share=data.hold_out, seed=SPLIT_SEED, max_rows=most) for s in sources]
-            sources = [kept for kept, _ in parts]
-            held_out = [example for _, held in parts for example in held]
-        return sources, held_out
-
-    def _mixed(self, sources: list[Sequence[Any]]) -> Sequence[Any]:
-        if len(sources) == 1:
-            return sources[0]
-        self._mixture = Mixture(sources, weights=self.cfg.data.weights, seed=self.cfg.train.seed)
-        return self._mixture
 
     # model ----------------------------------------------------------------------------------------------------
 
@@ -286,10 +118,12 @@ class Setup:
         `load` is called as load_policy, for a model of another kind.
         """
         how: dict[str, Any] = {"optimizer": self.cfg.optim.name, "ranks": self.world.world_size}
+        how["tokens_per_pass"] = self.most_tokens
         if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") != "generic":
             how["packed_types"] = MODEL_TYPES
         policy = load(self._model, lora=self.cfg.lora, **how)
-        self.run.identify(training_kernels="native" if policy.seams.kernels else "torch")
+        kernels = "native" if policy.seams.kernels else "torch"
+        self.run.identify(training_kernels=kernels, attention=policy.causal_lm.config._attn_implementation)
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))
         fsdp.shard(policy, self.world)
@@ -403,6 +237,8 @@ class Setup:
             decode=self.template.decode,
             max_rows=rollout.inference_batch_size,
             load_copy=partial(self._copy, learner.policy) if is_ahead else None,
+            quantization=rollout.quantization,
+            kv_cache_tokens=rollout.kv_cache_tokens,
         )
         self.run.identify(rollout_engine=name)
         how = {"learner": learner, "rollout": rollout, "seed": self.cfg.train.seed}
@@ -483,13 +319,13 @@ class Setup:
         gathered = self.world.gather_json(sample_records(groups, scores))
         records = [record for own in gathered for record in own]
         self.run.samples(step, records)
-        if self._difficulty is not None:
-            self._difficulty.see(step, records)
+        if self.data.difficulty is not None:
+            self.data.difficulty.see(step, records)
             if self.world.is_main:
-                self._difficulty.write(self.run.output_dir / "difficulty.jsonl")
+                self.data.difficulty.write(self.run.output_dir / "difficulty.jsonl")
         found = summarise(groups, scores, world=self.world, is_reasoning=self._is_reasoning)
         found |= part_means(scores, world=self.world)
-        if self._difficulty is not None and step == 1 and found["dead_groups"] == 1.0:
+        if self.data.difficulty is not None and step == 1 and found["dead_groups"] == 1.0:
             log.warning(
                 "nothing is learnt from the first round: in each of its groups all completions earned the same (mean %.3g); "
                 "read samples.jsonl, and take easier problems, SFT first, or a higher rollout.initial_temperature",

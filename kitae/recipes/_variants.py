@@ -19,7 +19,8 @@ from kitae.models import frozen
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.parallel.world import World
-from kitae.recipes._sampling import Groups, Reference
+from kitae.recipes._reference import Reference
+from kitae.recipes._sampling import Groups
 from kitae.train.learner import Learner
 from kitae.types import Batch, Row
 
@@ -138,6 +139,7 @@ class OwnLogprobs:
             "rollout/is_weight": uncapped.clamp(max=self._cap),
             "rollout/is_capped": (uncapped > self._cap).double(),
             "rollout/sampler_kl": kl.k3(sampler, old),
+            "rollout/sampler_gap": (old - sampler).abs(),
         }
         sums = torch.tensor([*(float(x.sum()) for x in found.values()), len(old)], dtype=torch.float64)
         *totals, count = self._world.sum(sums.to(self._world.device)).tolist()

@@ -100,8 +100,8 @@ def train(cfg: Settings, setup: Setup) -> None:
     grpo, rollout = cfg.grpo, cfg.rollout
     n, rows_per_forward = rollout.num_generations, rollout.rows_per_forward
     loss_fn = chosen_loss(cfg.loss, default=variants.loss_of(grpo), produces=variants.streams_of(grpo))
-    problems, held_out = setup.problems(max_prompt_length=rollout.max_prompt_length)
-    prompts = setup.prompts(problems, rollout=rollout)
+    problems, held_out = setup.data.problems(max_prompt_length=rollout.max_prompt_length)
+    prompts = setup.data.prompts(problems, rollout=rollout)
     buffer = RolloutBuffer(updates=rollout.updates_per_round, epochs=rollout.epochs_per_round)
     setup.run.track("buffer", buffer)
     total = setup.total_steps(steps_per_epoch=prompts.rounds_per_epoch * buffer.steps_per_round)

@@ -77,12 +77,12 @@ def train(cfg: Settings, setup: Setup) -> None:
         undesirable_weight=cfg.kto.undesirable_weight,
     )
     loss_fn = chosen_loss(cfg.loss, default=own_loss, produces=["label", "ref_logprob", "reference_point"])
-    items, held_out = setup.labelled(
+    items, held_out = setup.data.labelled(
         max_length=cfg.data.max_length, max_prompt_length=cfg.data.max_prompt_length
     )
     rows_per_forward = cfg.train.per_device_train_batch_size
     rows_per_step = rows_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
-    loader = setup.loader(items, items_per_step=rows_per_step)
+    loader = setup.data.loader(items, items_per_step=rows_per_step)
     total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
     learner = setup.learner(total_steps=total)
     collate = partial(setup.collate, rows_per_forward=rows_per_forward)

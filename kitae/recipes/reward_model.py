@@ -73,14 +73,14 @@ def train(cfg: Settings, setup: Setup) -> None:
         not getattr(loss_fn, "needs_entropy", False),
         f"loss {cfg.loss} asks for entropy, which a reward model has not: it gives scores, not words",
     )
-    pairs, held_out = setup.pairs(
+    pairs, held_out = setup.data.pairs(
         max_length=cfg.data.max_length,
         max_prompt_length=cfg.data.max_prompt_length,
         margin_column=margin_column,
     )
     pairs_per_forward = cfg.train.per_device_train_batch_size
     pairs_per_step = pairs_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
-    loader = setup.loader(pairs, items_per_step=pairs_per_step)
+    loader = setup.data.loader(pairs, items_per_step=pairs_per_step)
     total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
     learner = setup.learner(total_steps=total, load=load_critic)
     choose_padding(learner.policy, setup.template)

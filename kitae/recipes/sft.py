@@ -46,10 +46,10 @@ def train(cfg: Settings, setup: Setup) -> None:
     from kitae.recipes._losses import chosen_loss
 
     loss_fn = chosen_loss(cfg.loss, default=losses.cross_entropy, produces=[])
-    rows, held_out = setup.rendered_rows(max_length=cfg.data.max_length)
+    rows, held_out = setup.data.rendered_rows(max_length=cfg.data.max_length)
     rows_per_forward = cfg.train.per_device_train_batch_size
     rows_per_step = rows_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
-    loader = setup.loader(rows, items_per_step=rows_per_step)
+    loader = setup.data.loader(rows, items_per_step=rows_per_step)
     total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
     learner = setup.learner(total_steps=total)
 

@@ -74,12 +74,12 @@ def train(cfg: Settings, setup: Setup) -> None:
         nll_coef=cfg.simpo.nll_coef,
     )
     loss_fn = chosen_loss(cfg.loss, default=own_loss, produces=[])
-    pairs, held_out = setup.pairs(
+    pairs, held_out = setup.data.pairs(
         max_length=cfg.data.max_length, max_prompt_length=cfg.data.max_prompt_length
     )
     pairs_per_forward = cfg.train.per_device_train_batch_size
     pairs_per_step = pairs_per_forward * cfg.train.gradient_accumulation_steps * setup.world.world_size
-    loader = setup.loader(pairs, items_per_step=pairs_per_step)
+    loader = setup.data.loader(pairs, items_per_step=pairs_per_step)
     total = setup.total_steps(steps_per_epoch=loader.steps_per_epoch)
     learner = setup.learner(total_steps=total)
     collate = partial(setup.collate, rows_per_forward=2 * pairs_per_forward, rows_per_unit=2)

@@ -28,7 +28,7 @@ TIMEOUT = "timeout"
 EXHAUSTED = (TIMEOUT, OUT_OF_MEMORY, OUT_OF_DEPTH)
 """Reasons of scores whose judging ran into a limit of its own."""
 WALL_PER_CPU_SECOND = 5.0
-"""Our own comparison is limited in CPU time, so that a busy machine changes no verdict; in wall time by this multiple."""
+"""Judging is limited in CPU time, so that a busy machine changes no verdict; in wall time, for what waits, by this."""
 START_NURSERY = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[3]); "
     "from kitae.rewards.worker import main; main(int(sys.argv[1]), sys.argv[2])"
@@ -46,8 +46,7 @@ class RewardPool:
         """Start the processes. A function that is missing or has the wrong signature is a ConfigError here."""
         self.settings = settings
         self._nursery = _Nursery(settings)
-        self._patient_s = settings.timeout_s * WALL_PER_CPU_SECOND
-        self._timeout_s = self._patient_s if self._nursery.is_builtin else settings.timeout_s
+        self._wall_s = settings.timeout_s * WALL_PER_CPU_SECOND
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers = [_Worker(self._nursery, slot) for slot in range(settings.num_workers)]
         for worker in self._workers:
@@ -95,32 +94,33 @@ class RewardPool:
     def _score(self, item: tuple[str, Problem]) -> Score:
         text, problem = item
         fields = {"completion": text, "prompt": problem.prompt, "answer": problem.answer}
-        reply = self._ask({**fields, "columns": problem.columns}, timeout_s=self._timeout_s)
+        reply = self._ask({**fields, "columns": problem.columns})
         if "value" in reply:
             return Score(reply["value"], reply["reason"])
         if "exhausted" in reply and self._nursery.out_of_budget is not None:
             return Score(self._nursery.out_of_budget, reply["exhausted"])
         what, remedy = reply.get("error") or f"ran into its limit: {reply['exhausted']}", "mend the function"
         if reply.get("exhausted") == TIMEOUT:
-            what = f"took longer than reward.timeout_s = {self.settings.timeout_s:g} s"
+            limit = self.settings.timeout_s
+            what = f"took more than reward.timeout_s = {limit:g} s of CPU time, or {self._wall_s:g} s in all"
             remedy = "make the function faster, raise reward.timeout_s"
         return self._unscored(what, text, problem, remedy=remedy)
 
     def _compare(self, pair: tuple[str, str]) -> Score:
         answer, gold = pair
-        reply = self._ask({"answer": answer, "gold": gold}, timeout_s=self._patient_s)
+        reply = self._ask({"answer": answer, "gold": gold})
         if "value" in reply:
             return Score(reply["value"])
         if "exhausted" in reply:
             return Score(0.0, reply["exhausted"])
         return Score(None, f"comparing {reply['error']}")
 
-    def _ask(self, request: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have the next idle worker answer a request."""
         line = json.dumps(request, default=str).encode() + b"\n"
         worker = self._idle.get()
         try:
-            return worker.ask(line, timeout_s=timeout_s)
+            return worker.ask(line, timeout_s=self._wall_s)
         finally:
             self._idle.put(worker)
 

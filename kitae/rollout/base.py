@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kitae.config import SamplingSettings
 from kitae.errors import ConfigError, DataError, NonFiniteError
+from kitae.rollout.constraint import Constraint
 from kitae.rollout.sampling import History, Uniforms, draw, top_logprobs
 from kitae.rollout.text import GrowingText, cut_at_stop
 from kitae.types import FinishReason, Problem, Rollout
@@ -65,7 +66,11 @@ class Request:
     """Its past, where repetition_penalty or no_repeat_ngram_size needs it."""
     text: GrowingText | None = None
     """Its text, where somebody reads along or a stop string may end it."""
+    constraint: Constraint | None = None
+    """The form its text must have, if any."""
     num_top_logprobs: int = 0
+    wants_kept_ids: bool = True
+    """Whether the ids that top-k, top-p and min-p left are kept; training needs them."""
     slot: int = -1
     """Where the cache holds its keys and values while it runs."""
     token_ids: list[int] = field(default_factory=list)
@@ -95,7 +100,11 @@ class Request:
         self.logprobs.append(logprob)
         if self.history is not None:
             self.history.append(token)
-        if token in stop_ids or (self.text is not None and self.text.add(token)):
+        if (
+            token in stop_ids
+            or (self.text is not None and self.text.add(token))
+            or (self.constraint is not None and self.constraint.accept(token))
+        ):
             self.finish_reason = "stop"
         elif len(self.token_ids) == self.max_new_tokens:
             self.finish_reason = "length"
@@ -103,6 +112,9 @@ class Request:
 
 def draw_tokens(logits_BV: Tensor, requests: Sequence[Request], *, stop_ids: Collection[int]) -> None:
     """The next token of each request from its row of logits, which may be overwritten."""
+    for logits_V, request in zip(logits_BV, requests, strict=True):
+        if request.constraint is not None:
+            request.constraint.mask_(logits_V)
     for _, same in groupby(range(len(requests)), key=lambda row: requests[row].sampling):
         rows = list(same)
         here, logits = [requests[row] for row in rows], logits_BV[rows[0] : rows[-1] + 1]
@@ -113,7 +125,7 @@ def draw_tokens(logits_BV: Tensor, requests: Sequence[Request], *, stop_ids: Col
             histories=[r.history for r in here],
         )
         for row, request in enumerate(here):
-            if sampled.kept_ids is not None:
+            if sampled.kept_ids is not None and request.wants_kept_ids:
                 request.kept_ids.append(sampled.kept_ids[row])
             if request.num_top_logprobs:
                 request.top_logprobs.append(top_logprobs(logits[row], request.num_top_logprobs))
@@ -176,10 +188,10 @@ def as_rollout(request: Request, *, stop_ids: Collection[int], decode: Callable[
     """A finished request as others see it."""
     ids, reason = request.token_ids, request.finish_reason
     assert reason is not None and reason != "cancelled", request
-    text = decode(ids[:-1] if ids[-1] in stop_ids else ids)
+    text, sampling = decode(ids[:-1] if ids[-1] in stop_ids else ids), request.sampling
     return Rollout(
         problem=request.problem,
-        text=request.problem.prefill + cut_at_stop(text, request.sampling.stop),
+        text=request.problem.prefill + cut_at_stop(text, sampling.stop, keep=sampling.keeps_stop),
         token_ids=ids,
         logprobs=request.logprobs,
         kept_ids=request.kept_ids or None,

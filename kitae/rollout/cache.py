@@ -1,6 +1,6 @@
 """Keys and values of the rows in flight, and one-token attention over them.
 
-Per layer one tensor [slots, K, capacity, D] each: a decode step reads the first slots as they lie, without
+Per layer, on its device, one tensor [slots, K, capacity, D] each: a decode step reads the first slots as they lie, without
 gathering. Memory grows with the longest row in flight. Dimension key besides types.py's: Q query heads,
 K key-value heads, D head size, U tokens in use (the longest row's length).
 """
@@ -51,6 +51,8 @@ class SlotCache:
         self._dtype = dtype
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._next: list[Prompt] | Step = []
+        self._steps: dict[torch.device, Step] = {}
+        """The next step's tensors on every device that has layers."""
         self._capacity = 0
 
     def begin_prefill(self, prompts: list[Prompt]) -> None:
@@ -67,6 +69,7 @@ class SlotCache:
         is_beyond = torch.arange(used, device=self._device) > positions_B[:, None]
         bias_BU = torch.zeros(is_beyond.shape, device=self._device).masked_fill_(is_beyond, -torch.inf)
         self._next = Step(slots_B, positions_B, bias_BU[:, None])
+        self._steps = {slots_B.device: self._next}
 
     def attend(
         self, layer_idx: int, q_TQD: Tensor, k_TKD: Tensor, v_TKD: Tensor, packing: Packing, scaling: float
@@ -74,9 +77,13 @@ class SlotCache:
         """What the attention seam calls in every layer: store keys and values, return the attention [T, Q, D]."""
         keys, values = self._layer(layer_idx, k_TKD, v_TKD)
         if isinstance(self._next, Step):
-            keys[self._next.slots_B, :, self._next.positions_B] = k_TKD.to(self._dtype)
-            values[self._next.slots_B, :, self._next.positions_B] = v_TKD.to(self._dtype)
-            return self._attend_step(q_TQD, keys, values, self._next.bias_B1U, scaling)
+            device = keys.device
+            if device not in self._steps:
+                self._steps[device] = Step(*(tensor.to(device) for tensor in self._next))
+            step = self._steps[device]
+            keys[step.slots_B, :, step.positions_B] = k_TKD.to(self._dtype)
+            values[step.slots_B, :, step.positions_B] = v_TKD.to(self._dtype)
+            return self._attend_step(q_TQD, keys, values, step.bias_B1U, scaling)
         for start, length, slots in self._next:
             keys[slots, :, :length] = k_TKD[start : start + length].transpose(0, 1).to(self._dtype)
             values[slots, :, :length] = v_TKD[start : start + length].transpose(0, 1).to(self._dtype)
@@ -85,7 +92,7 @@ class SlotCache:
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy rows from slot to slot; no slot is both left and entered."""
         if moves:
-            source, target = (torch.tensor(x, device=self._device) for x in zip(*moves, strict=True))
+            source, target = (list(x) for x in zip(*moves, strict=True))
             for pair in self._layers.values():
                 for tensor in pair:
                     tensor[target] = tensor[source]
@@ -108,7 +115,7 @@ class SlotCache:
         old = self._layers.get(index)
         if old is None or old[0].shape[2] < self._capacity:
             shapes = [(self._num_slots, x.shape[1], self._capacity, x.shape[2]) for x in (k_TKD, v_TKD)]
-            new = [torch.empty(s, device=self._device, dtype=self._dtype) for s in shapes]
+            new = [torch.empty(s, device=k_TKD.device, dtype=self._dtype) for s in shapes]
             length = old[0].shape[2] if old else 0
             for i, tensor in enumerate(new):
                 if old:

@@ -16,8 +16,9 @@ from kitae.errors import ConfigError
 from kitae.models.policy import Policy
 from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
+from kitae.rollout.int8 import is_fast_here
 from kitae.rollout.native import NativeEngine
-from kitae.rollout.shapes import compute_dtype, why_not_native
+from kitae.rollout.shapes import compute_dtype, why_not_int8, why_not_native
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +48,27 @@ def open_engine(
     decode: Callable[[list[int]], str],
     max_rows: int,
     load_copy: Callable[[], Policy] | None = None,
+    quantization: Literal["none", "int8"] = "none",
+    kv_cache_tokens: int | None = None,
 ) -> Chosen:
-    """The engine for about this many sampled tokens; `setting` is the name of the user's setting that holds `wanted`.
+    """The engine for about this many sampled tokens; `setting` is the name of the user's setting that holds `wanted`, beside
+    which are those of `quantization`, which only the native engine has, and `kv_cache_tokens`, see budget.py.
 
     With `load_copy`, it can sample while the policy's weights change (background.py): a native engine keeps a copy of all
     of them, a generic one gets a second policy.
     """
-    reason = None if wanted == "generic" else _why_not(policy, wanted=wanted, tokens=expected_tokens)
+    own_names = setting.removesuffix("engine")
+    is_int8 = quantization == "int8"
+    if is_int8 and wanted == "generic":
+        raise ConfigError(
+            f"{own_names}quantization is int8 and {setting} generic, but only the native engine has 8-bit weights; set one "
+            "of them otherwise"
+        )
+    reason = None
+    if wanted != "generic":
+        reason = _why_not(policy, insists=wanted == "native" or is_int8, tokens=expected_tokens)
+    if is_int8 and reason is None:
+        reason = why_not_int8(policy)
     if wanted != "generic" and reason is None:
         try:
             kernels = load_kernels()
@@ -61,12 +76,17 @@ def open_engine(
             reason = f"its kernels could not be compiled: {error}"
         else:
             log.info(
-                "rollouts: native engine, %d rows at a time, %d threads (%s in %s)",
+                "rollouts: native engine, %d rows at a time, %d threads (%s in %s%s)",
                 max_rows,
                 torch.get_num_threads(),
                 policy.causal_lm.config.model_type,
                 str(compute_dtype(policy)).removeprefix("torch."),
+                ", linear weights in int8" if is_int8 else "",
             )
+            if is_int8 and not is_fast_here():
+                log.warning(
+                    "rollouts: this CPU has no avx512_vnni; sampling in int8 saves memory there, and no time"
+                )
             native = NativeEngine(
                 policy,
                 kernels=kernels,
@@ -74,21 +94,36 @@ def open_engine(
                 decode=decode,
                 max_rows=max_rows,
                 shares_embedding=load_copy is None,
+                quantization=quantization,
+                kv_cache_tokens=kv_cache_tokens,
+                kv_setting=f"{own_names}kv_cache_tokens",
             )
             return Chosen(native, "native")
+    if is_int8:
+        raise ConfigError(
+            f"{own_names}quantization is int8, which needs the native engine, and that cannot sample from this model: "
+            f"{reason}; set it to none"
+        )
     if wanted == "native":
         raise ConfigError(
             f"{setting} is native, but the native engine cannot sample from this model: {reason}; set it to auto or generic"
         )
     if reason is not None:
         log.info("rollouts: not the native engine: %s", reason)
+    if kv_cache_tokens is not None:
+        log.warning(
+            "rollouts: %skv_cache_tokens has no effect: the generic engine keeps a place as long as the longest row for "
+            "each of %d rows; fewer of them need less memory",
+            own_names,
+            max_rows,
+        )
     own = policy if load_copy is None else load_copy()
     return Chosen(GenericEngine(own, stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
 
 
-def _why_not(policy: Policy, *, wanted: str, tokens: float) -> str | None:
+def _why_not(policy: Policy, *, insists: bool, tokens: float) -> str | None:
     reason = why_not_native(policy)
-    if reason is None and wanted == "auto" and not pays(policy, tokens=tokens):
+    if reason is None and not insists and not pays(policy, tokens=tokens):
         reason = f"compiling it takes longer than sampling {tokens:,.0f} tokens from a model of this size"
     return reason
 

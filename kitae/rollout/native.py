@@ -11,8 +11,9 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from kitae.models.native import check_ids
 from kitae.models.policy import Policy
 from kitae.rollout import structs
 from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.budget import Budget, most_pages, pages_of
 from kitae.rollout.packed import PackedModel
 from kitae.rollout.pages import PAGE, Pages
 from kitae.rollout.scheduler import Scheduler
@@ -33,6 +35,8 @@ STEPS_PER_CALL = 16
 """Decode steps before Python looks; a call ends early when a row does."""
 PREFILL_TOKENS = 256
 """Prompt tokens of one pass."""
+IDLE_BYTES = 512 << 20
+"""Keys and values that a session without an end keeps of texts that are done, so that others go on from them."""
 LONGEST = 1 << 17
 """A row's most tokens, where neither the caller nor the model knows; only a first guess at memory depends on it."""
 
@@ -49,20 +53,30 @@ class NativeEngine:
         decode: Callable[[list[int]], str],
         max_rows: int,
         shares_embedding: bool = True,
+        quantization: Literal["none", "int8"] = "none",
+        kv_cache_tokens: int | None = None,
+        kv_setting: str = "kv_cache_tokens",
     ) -> None:
-        """Without `shares_embedding`, nothing of the policy is read between two calls of sync()."""
+        """Without `shares_embedding`, nothing of the policy is read between two calls of sync().
+
+        `kv_cache_tokens`, the value of the user's setting `kv_setting`, is how many tokens' keys and values there may be;
+        None takes a share of the free memory (budget.py).
+        """
         self.policy = policy
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode
         self.max_rows = max_rows
         self._kernels = structs.declare(kernels)
-        self._shares_embedding = shares_embedding
+        self._shares_embedding, self._quantization = shares_embedding, quantization
+        self._kv_cache_tokens, self._kv_setting = kv_cache_tokens, kv_setting
         self._model: PackedModel | None = None
 
     def sync(self) -> None:
         """See RolloutEngine."""
         if self._model is None:
-            self._model = PackedModel(self.policy, shares_embedding=self._shares_embedding)
+            self._model = PackedModel(
+                self.policy, shares_embedding=self._shares_embedding, quantization=self._quantization
+            )
         self._model.take(self.policy)
 
     def generate(
@@ -96,23 +110,36 @@ class NativeEngine:
         assert self._model is not None
         max_rows = max_rows or self.max_rows
         context = getattr(self.policy.config, "max_position_embeddings", None)
-        expected = max_rows * -(-(longest or context or LONGEST) // PAGE)
+        most, reason = most_pages(self._model, tokens=self._kv_cache_tokens, setting=self._kv_setting)
+        expected = max_rows * pages_of(longest or context or LONGEST)
+        idle_bytes = 0 if longest else IDLE_BYTES  # without an end to foresee, texts may come again
+        most_idle = min(most // 4, idle_bytes // (PAGE * self._model.bytes_per_token))
+        pages = Pages(self._model, expected=expected, most=most, most_idle=most_idle)
+        budget = Budget(pages, most=most, reason=reason)
         rows = NativeRows(
             self._model,
-            Pages(self._model, expected=expected),
+            pages,
+            budget,
             kernels=self._kernels,
             max_rows=max_rows,
             stop_ids=self.stop_ids,
         )
-        return Session(rows, Scheduler(max_rows=max_rows), decode=self.decode, context=context)
+        scheduler = Scheduler(max_rows=max_rows, room=budget.admit)
+        return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
 
 
 def needs_logits(request: Request) -> bool:
-    """Whether draw_tokens has to see every step's logits: for penalties, a set of tokens kept, or the likeliest ones."""
+    """Whether draw_tokens has to see every step's logits: for penalties, the likeliest tokens, or a form to be kept."""
+    s = request.sampling
+    has_penalty = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
+    return has_penalty or request.num_top_logprobs > 0 or request.constraint is not None
+
+
+def lists_kept_ids(request: Request) -> bool:
+    """Whether each token comes with the ids that top-k, top-p and min-p left."""
     s = request.sampling
     is_truncated = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
-    has_penalty = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
-    return is_truncated or has_penalty or request.num_top_logprobs > 0
+    return is_truncated and request.wants_kept_ids
 
 
 class NativeRows:
@@ -122,12 +149,13 @@ class NativeRows:
         self,
         model: PackedModel,
         pages: Pages,
+        budget: Budget,
         *,
         kernels: ctypes.CDLL,
         max_rows: int,
         stop_ids: frozenset[int],
     ) -> None:
-        self._model, self._pages, self._kernels = model, pages, kernels
+        self._model, self._pages, self._budget, self._kernels = model, pages, budget, kernels
         self._pages_of: dict[Request, list[int]] = {}
         self._scratch, self._logits_BV, self._buffers = make_scratch(
             model, tokens=max(max_rows, PREFILL_TOKENS), logits=max_rows
@@ -140,30 +168,47 @@ class NativeRows:
 
     def leave(self, request: Request) -> None:
         """See Rows."""
-        self._pages.give_back(self._pages_of.pop(request))
+        pages = self._pages_of.pop(request)
+        # The last token was sampled and not computed.
+        self._pages.prefixes.keep(request.problem.token_ids + request.token_ids[:-1], pages)
+        self._pages.give_back(pages)
 
     # prompts --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def enter(self, groups: list[list[Request]]) -> None:
-        """Compute each group's prompt once, share its pages, and sample the first token of all its rows."""
+        """Compute each group's prompt once, share its pages, and sample the next token of all its rows."""
+        self._budget.settle()
         self._model.require_positions(
             max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
         )
-        prompts = [group[0].problem.token_ids for group in groups]
-        tables = [self._pages.take(-(-len(prompt) // PAGE)) for prompt in prompts]
-        self._prefill(prompts, tables)
+        # A row that was put back has tokens already, and is a group of its own.
+        prompts = [group[0].problem.token_ids + group[0].token_ids for group in groups]
+        check_ids(torch.tensor([i for prompt in prompts for i in prompt]), self._model.num_embeddings)
+        known, tables = [], []
+        for prompt in prompts:
+            found = self._pages.prefixes.find(prompt)
+            self._pages.share(found, readers=1)
+            table = found + self._pages.take(pages_of(len(prompt)) - len(found))
+            self._pages.prefixes.keep(prompt, table)  # of this prompt too, the later ones need not compute again
+            known.append(len(found) * PAGE)
+            tables.append(table)
+        self._prefill(prompts, known, tables)
         requests = [request for group in groups for request in group]
         logits_row = [number for number, group in enumerate(groups) for _ in group]
         self._share(groups, prompts, tables)
         self._draw(requests, logits_row)
 
-    def _prefill(self, prompts: list[list[int]], tables: list[list[int]]) -> None:
-        """Fill the prompts' pages; the logits of each prompt's last token are in its row afterwards."""
-        ids = torch.tensor([token for prompt in prompts for token in prompt])
-        check_ids(ids, self._model.num_embeddings)
-        positions = torch.cat([torch.arange(len(p), dtype=torch.int32) for p in prompts])
-        lengths = torch.tensor([len(p) for p in prompts])
+    def _prefill(self, prompts: list[list[int]], known: list[int], tables: list[list[int]]) -> None:
+        """Fill the prompts' pages but for their first `known` tokens, which stand there already, or will when the passes
+        come to them: a pass writes all its keys before any of them is read.
+
+        The logits of each prompt's last token are in its row afterwards.
+        """
+        spans = list(zip(prompts, known, strict=True))
+        ids = torch.tensor([token for prompt, start in spans for token in prompt[start:]])
+        positions = torch.cat([torch.arange(start, len(p), dtype=torch.int32) for p, start in spans])
+        lengths = torch.tensor([len(prompt) - start for prompt, start in spans])
         table_of = torch.arange(len(prompts), dtype=torch.int32).repeat_interleave(lengths)
         last = lengths.cumsum(0) - 1
         table = _as_table(tables, width=max(map(len, tables)))
@@ -200,7 +245,7 @@ class NativeRows:
         plain = [i for i, request in enumerate(requests) if not needs_logits(request)]
         if plain:
             here = [requests[i] for i in plain]
-            buffers = _SamplingBuffers(here, steps=1, stop_ids=self._stop_ids_tensor)
+            buffers = self._sampling_buffers(here, steps=1)
             row_of = torch.tensor([logits_row[i] for i in plain], dtype=torch.int32)
             self._kernels.kitae_sample(
                 self._model.struct, self._scratch, pointer(row_of), len(here), buffers.struct
@@ -212,16 +257,14 @@ class NativeRows:
     @torch.no_grad()
     def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
         """The next tokens of every running row, up to the first that ends."""
-        requests = scheduler.running
-        steps = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in requests))
+        steps = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in scheduler.running))
         if within_s is not None:
             steps = min(steps, max(1, int(within_s / self._step_s)))
-        by_kernel = not any(map(needs_logits, requests))
+        by_kernel = not any(map(needs_logits, scheduler.running))
         if not by_kernel:
             steps = 1
-        for request in requests:  # the token fed at step k lies at position length - 1 + k
-            own = self._pages_of[request]
-            own += self._pages.take(max(-(-(request.length - 1 + steps) // PAGE) - len(own), 0))
+        steps = self._make_room(scheduler, steps=steps)
+        requests = scheduler.running
         tables = [self._pages_of[request] for request in requests]
         tokens = _tokens(
             torch.tensor([r.token_ids[-1] for r in requests]),
@@ -233,13 +276,35 @@ class NativeRows:
             self._forward(tokens, tokens.table_of, at=0)
             self._draw(requests, list(range(len(requests))))
             return
-        buffers = _SamplingBuffers(requests, steps=steps, stop_ids=self._stop_ids_tensor)
+        buffers = self._sampling_buffers(requests, steps=steps)
         began = time.perf_counter()
         done = self._kernels.kitae_decode(
             self._model.struct, self._scratch, tokens.struct, buffers.struct, self._is_bf16, self._threads
         )
         self._step_s = max(time.perf_counter() - began, 1e-6) / done
         self._add(buffers, requests, num_steps=done)
+
+    def _make_room(self, scheduler: Scheduler, *, steps: int) -> int:
+        """Pages for so many steps of every row. Where there are too few, for fewer; where for none, some rows wait again."""
+        while True:  # the token fed at step k lies at position length - 1 + k
+            missing = {
+                request: max(pages_of(request.length - 1 + steps) - len(self._pages_of[request]), 0)
+                for request in scheduler.running
+            }
+            if sum(missing.values()) <= self._budget.num_left:
+                break
+            if steps > 1:
+                steps = steps // 2
+            else:
+                self.leave(scheduler.put_back())
+        for request, count in missing.items():
+            self._pages_of[request] += self._pages.take(count)
+        return steps
+
+    def _sampling_buffers(self, requests: Sequence[Request], *, steps: int) -> _SamplingBuffers:
+        return _SamplingBuffers(
+            requests, steps=steps, stop_ids=self._stop_ids_tensor, vocabulary=self._model.vocabulary
+        )
 
     def _forward(self, tokens: _TokenBuffers, wanted: Tensor, *, at: int) -> None:
         self._kernels.kitae_forward(
@@ -256,10 +321,13 @@ class NativeRows:
     def _add(self, buffers: _SamplingBuffers, requests: Sequence[Request], *, num_steps: int) -> None:
         """Hand each request its tokens; those behind a stop string are dropped."""
         ids, logprobs = buffers.ids[:num_steps].t().tolist(), buffers.logprobs[:num_steps].t().tolist()
-        for request, own_ids, own_logprobs in zip(requests, ids, logprobs, strict=True):
+        for row, (request, own_ids, own_logprobs) in enumerate(zip(requests, ids, logprobs, strict=True)):
             request.uniforms.take(num_steps)
-            for token, logprob in zip(own_ids, own_logprobs, strict=True):
+            has_kept_ids = lists_kept_ids(request)
+            for step, (token, logprob) in enumerate(zip(own_ids, own_logprobs, strict=True)):
                 if request.finish_reason is None:
+                    if has_kept_ids:
+                        request.kept_ids.append(buffers.kept_ids(step, row))
                     request.add(token, logprob, stop_ids=self._stop_ids)
 
 
@@ -286,13 +354,22 @@ def _tokens(ids: Tensor, positions: Tensor, tables: Tensor, table_of: Tensor) ->
 
 
 class _SamplingBuffers:
-    """A Sampling struct, and the tensors it points at: [steps, rows] each."""
+    """A Sampling struct, and the tensors it points at: [steps, rows] each, or [rows]."""
 
-    def __init__(self, requests: Sequence[Request], *, steps: int, stop_ids: Tensor) -> None:
+    def __init__(
+        self, requests: Sequence[Request], *, steps: int, stop_ids: Tensor, vocabulary: int
+    ) -> None:
         uniforms = [request.uniforms.peek(steps) for request in requests]
         self._uniforms = torch.tensor(uniforms, dtype=torch.float64).t().contiguous()
         self._temperatures = torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32)
         self._stop_ids = stop_ids
+        settings = [r.sampling for r in requests]
+        self._top_ks = torch.tensor([s.top_k for s in settings], dtype=torch.int64)
+        self._top_ps = torch.tensor([s.top_p for s in settings], dtype=torch.float32)
+        self._log_min_ps = torch.tensor([s.min_p for s in settings], dtype=torch.float64).log().float()
+        self._kept: Tensor | None = None
+        if any(map(lists_kept_ids, requests)):
+            self._kept = torch.zeros((steps, len(requests), -(-vocabulary // 8)), dtype=torch.uint8)
         self.ids = torch.empty(self._uniforms.shape, dtype=torch.int64)
         self.logprobs = torch.empty(self._uniforms.shape, dtype=torch.float32)
         self.struct = structs.Sampling(
@@ -303,7 +380,18 @@ class _SamplingBuffers:
             logprobs=pointer(self.logprobs),
             stop_ids=pointer(stop_ids),
             num_stop_ids=len(stop_ids),
+            top_ks=pointer(self._top_ks),
+            top_ps=pointer(self._top_ps),
+            log_min_ps=pointer(self._log_min_ps),
+            kept=pointer(self._kept),
+            kept_stride=0 if self._kept is None else self._kept.shape[2],
         )
+
+    def kept_ids(self, step: int, row: int) -> list[int]:
+        """The ids of which the kernel has set the bits."""
+        assert self._kept is not None
+        bits = np.unpackbits(self._kept[step, row].numpy(), bitorder="little")
+        return np.flatnonzero(bits).tolist()
 
 
 def _as_table(pages: list[list[int]], *, width: int) -> Tensor:

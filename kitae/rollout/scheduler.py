@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kitae.rollout.base import Request
 
@@ -19,13 +19,22 @@ PARTS = 4
 ENTER_AT = 8
 """Nobody enters before an eighth of the rows is free, so that many prompts share one prefill."""
 
+FEWER = 4
+"""Prompts that somebody waits for are computed so much fewer at a time, and their first tokens come sooner."""
+
+HowMany = Callable[[Sequence[Request], Sequence[Request]], int]
+"""How many of a group memory has room for, beside those that run."""
+
 
 class Scheduler:
     """Rows in flight and groups that wait, first come, first served."""
 
-    def __init__(self, *, max_rows: int, max_prefill_tokens: int = 4096) -> None:
+    def __init__(
+        self, *, max_rows: int, max_prefill_tokens: int = 4096, room: HowMany = lambda group, _: len(group)
+    ) -> None:
         """At most `max_rows` rows run at a time; prompts admitted together have at most `max_prefill_tokens`."""
         assert max_rows >= 1, max_rows
+        self._room = room
         self.running: list[Request] = []
         """Rows of one group are neighbours, groups in the order they entered."""
         self._waiting: deque[list[Request]] = deque()
@@ -47,23 +56,39 @@ class Scheduler:
     def is_done(self) -> bool:
         return not self.running and not self._waiting
 
-    def admit(self) -> list[list[Request]]:
-        """Groups that enter now, slots given; empty when none fits. Call again: prefill has its own limit."""
+    def admit(self, *, at_once: bool = False) -> list[list[Request]]:
+        """Groups that enter now, slots given; empty when none fits. Call again: prefill has its own limit.
+
+        `at_once`: somebody waits for them. They wait for no others, and only a few enter together.
+        """
         entering: list[list[Request]] = []
         tokens = 0
-        if self._max_rows - len(self.running) < self._max_rows // ENTER_AT:
+        if not at_once and self._max_rows - len(self.running) < self._max_rows // ENTER_AT:
             return entering
         while self._waiting and len(self.running) + len(self._waiting[0]) <= self._max_rows:
-            tokens += self._waiting[0][0].prompt_length
-            if entering and tokens > self._max_prefill_tokens:
+            tokens += self._waiting[0][0].length
+            if entering and tokens > self._max_prefill_tokens // (FEWER if at_once else 1):
                 break
             group = [r for r in self._waiting.popleft() if r.finish_reason is None]  # others were cancelled
-            for request in group:
+            if not group:
+                continue
+            count = self._room(group, self.running)
+            if count < len(group):
+                self._waiting.appendleft(group[count:])
+            if count == 0:
+                break
+            for request in group[:count]:
                 request.slot = heapq.heappop(self._free)
-            if group:
-                entering.append(group)
-                self.running += group
+            entering.append(group[:count])
+            self.running += group[:count]
         return entering
+
+    def put_back(self) -> Request:
+        """Let the row that entered last wait again; it will go on from its tokens."""
+        request = self.running.pop()
+        heapq.heappush(self._free, request.slot)
+        self._waiting.appendleft([request])
+        return request
 
     def retire(self) -> list[Request]:
         """Take finished rows out; their slots are free."""

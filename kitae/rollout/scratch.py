@@ -10,6 +10,9 @@ from kitae.rollout.packed import PackedModel
 from kitae.rollout.shapes import BLOCK, LANES
 from kitae.rollout.structs import pointer
 
+INPUTS = ("normed", "attended", "activated", "query_latents", "expert_rows", "expert_activated")
+"""What is multiplied with linear weights."""
+
 
 def make_scratch(
     model: PackedModel, *, tokens: int, logits: int
@@ -63,5 +66,11 @@ def _shapes(model: PackedModel, *, tokens: int, logits: int) -> dict[str, tuple[
             "expert_rows": (rows, hidden, dtype),
             "expert_activated": (rows, inner, dtype),
             "expert_out": (rows, hidden, torch.float32),
+        }
+    if model.is_int8:
+        inputs = [shapes[name] for name in INPUTS if name in shapes]
+        shapes |= {
+            "integers": (1, max(rows * width for rows, width, _ in inputs), torch.uint8),
+            "row_scales": (1, max(rows for rows, _, _ in inputs), torch.float32),
         }
     return shapes

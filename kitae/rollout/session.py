@@ -8,12 +8,15 @@ What rows are (a cache, pages) and how tokens are computed is the engine's own; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kitae.config import SamplingSettings
 from kitae.rollout.base import OnRollout, OnTokens, Request, as_rollout, check_length, make_requests
 from kitae.rollout.scheduler import Scheduler
 from kitae.types import FinishReason, Problem, Rollout
+
+if TYPE_CHECKING:
+    from kitae.rollout.budget import Budget
 
 STREAM_S = 0.1
 """Somebody who reads along sees new tokens about this often."""
@@ -35,7 +38,9 @@ class Rows(Protocol):
     """The rows of one engine; every method draws tokens by Request.add and nothing else."""
 
     def enter(self, groups: list[list[Request]]) -> None:
-        """Compute each group's prompt, once, and draw the first token of all its rows."""
+        """Compute each group's prompt, once, and draw the next token of all its rows, which is the first but for a row
+        that advance() has put back.
+        """
         ...
 
     def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
@@ -57,9 +62,11 @@ class Session:
         *,
         decode: Callable[[list[int]], str],
         context: int | None,
+        budget: Budget | None = None,
     ) -> None:
-        """No prompt and completion together may have more than `context` tokens."""
+        """No prompt and completion together may have more than `context` tokens, nor more than `budget` has room for."""
         self._rows, self._scheduler, self._decode, self._context = rows, scheduler, decode, context
+        self.budget = budget
         self._num_added = 0
 
     def add(
@@ -75,9 +82,11 @@ class Session:
         """Queue one completion per limit, the most tokens it may have; they share the prompt's keys and values.
 
         Tokens depend on the weights, the prompt, the sampling settings, `seed`, the problem's index and the place in
-        the group; not on what else runs. A prompt that does not fit the context is refused.
+        the group; not on what else runs. What does not fit the context or the memory is refused.
         """
         check_length(problem, max(limits, default=0), number=self._num_added, context=self._context)
+        if self.budget is not None:
+            self.budget.require(problem, max(limits, default=0))
         group = make_requests(
             problem,
             limits,
@@ -103,10 +112,14 @@ class Session:
         """
         seen: dict[Request, int] = {r: len(r.token_ids) for r in self._scheduler.running}
         self._retire()
-        while entering := self._scheduler.admit():
+        is_read = within_s is not None
+        while entering := self._scheduler.admit(at_once=is_read):
+            seen |= {request: len(request.token_ids) for group in entering for request in group}
             self._rows.enter(entering)
-            seen |= {request: 0 for group in entering for request in group}
             self._retire()
+            if is_read:  # others wait for their tokens, and these for their first one to be shown
+                within_s = 0.0
+                break
         if self._scheduler.running:
             self._rows.advance(self._scheduler, within_s=within_s)
             self._retire()

@@ -10,6 +10,7 @@ from torch import nn
 from kitae.models import experts
 from kitae.models.policy import Policy
 from kitae.rollout import structs
+from kitae.rollout.int8 import MOST_INPUTS
 from kitae.rollout.merged import inner_experts, why_not_experts, why_not_linear
 
 LATENT_TYPES = ("deepseek_v2", "deepseek_v3")
@@ -45,6 +46,15 @@ def why_not_native(policy: Policy) -> str | None:
     if reason := next(filter(None, map(_why_not_routed, routed_layers(policy))), None):
         return reason
     return _why_not_routing(routing(policy))
+
+
+def why_not_int8(policy: Policy) -> str | None:
+    """Why its weights cannot be 8-bit integers, or None where they can."""
+    inner: list[Any] = [inner_experts(mlp.experts) for mlp in routed_layers(policy)]
+    sizes = [linear.in_features for linear in _linears(policy)] + [m.down_proj.shape[-1] for m in inner]
+    if max(sizes) > MOST_INPUTS:
+        return f"one of its layers has {max(sizes):,} inputs, and integer sums hold no more than {MOST_INPUTS:,} products"
+    return None
 
 
 def compute_dtype(policy: Policy) -> torch.dtype:

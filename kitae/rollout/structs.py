@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 class Matrix(Structure):
-    _fields_ = (("weights", c_void_p), ("bias", c_void_p), ("columns", c_int64), ("depth", c_int64))
+    _fields_ = (
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("scales", c_void_p),
+        ("offsets", c_void_p),
+        ("columns", c_int64),
+        ("depth", c_int64),
+    )
 
 
 class Latent(Structure):
@@ -119,6 +126,8 @@ class Scratch(Structure):
         ("expert_activated", c_void_p),
         ("expert_out", c_void_p),
         ("expert_activated_stride", c_int64),
+        ("integers", c_void_p),
+        ("row_scales", c_void_p),
     )
 
 
@@ -142,6 +151,11 @@ class Sampling(Structure):
         ("logprobs", c_void_p),
         ("stop_ids", c_void_p),
         ("num_stop_ids", c_int64),
+        ("top_ks", c_void_p),
+        ("top_ps", c_void_p),
+        ("log_min_ps", c_void_p),
+        ("kept", c_void_p),
+        ("kept_stride", c_int64),
     )
 
 

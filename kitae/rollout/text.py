@@ -60,9 +60,12 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((at for string in stop if (at := text.find(string)) >= 0), default=None)
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
-    return text[: first_stop(text, stop)]
+def cut_at_stop(text: str, stop: Sequence[str], *, keep: bool = False) -> str:
+    """The text before the first stop string in it; with `keep`, up to that string's end."""
+    end = first_stop(text, stop)
+    if end is not None and keep:
+        end += min(len(string) for string in stop if text.startswith(string, end))
+    return text[:end]
 
 
 def longest_beginning(text: str, stop: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ from kitae.serve.answering import Answering, EventStream, Scores
 from kitae.serve.answers import Frame
 from kitae.serve.choices import ChatChoice, TextChoice
 from kitae.serve.engine import EngineThread, Job, Ticket
+from kitae.serve.forms import Forms, Thinking, asks_to_think
 from kitae.serve.guard import Guard, as_json, failed, handled, http_error
 from kitae.serve.metrics import Metrics
 from kitae.serve.refusals import Refusal
@@ -38,6 +39,7 @@ from kitae.types import Problem
 
 if TYPE_CHECKING:
     from kitae.data.chat import Template
+    from kitae.rollout.constraint import Constraint
 
 CHARACTERS_PER_TOKEN = 8
 """A text of more characters than this times the context is refused before it is tokenised, which would take long."""
@@ -83,11 +85,14 @@ class Service:
         self._defaults, self._reasoning_format = defaults, reasoning_format
         self._texts = TokenTexts(template.tokenizer)
         self._stop_ids = frozenset(template.stop_ids)
+        self._forms = Forms(self._texts, stop_ids=self._stop_ids)
         self._created = int(time.time())
         first = next(iter(engine.lanes))
         self._lane_of = dict.fromkeys(aliases, first) | {name: name for name in engine.lanes}
         question = [{"role": "user", "content": "Hi"}]
-        self._has_switch = template.prompt(question) != template.prompt(question, **_switches(False))
+        self._has_switch = template.can_chat and (
+            template.prompt(question) != template.prompt(question, **_switches(False))
+        )
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -121,8 +126,12 @@ class Service:
         token_ids, prefill = await self._render(asked)
         room = min(self._room(len(token_ids)), self.limits.max_new_tokens)
         limit = self._checked_limit(asked.limit or room, len(token_ids))
-        job = self._job(asked, token_ids, limit=limit, prefill=prefill)
-        splits = (asked.reasoning_format or self._reasoning_format) == "split"
+        thinking = asks_to_think(prefill, thinks=asked.thinks, texts=self._texts)
+        form = await self._form(asked, thinking=thinking)
+        job = self._job(asked, token_ids, limit=limit, prefill=prefill, form=form)
+        # Content that has to parse has no thinking before it, unless the request itself wants it there.
+        default = self._reasoning_format if form is None else "split"
+        splits = (asked.reasoning_format or default) == "split"
         wants_logprobs = asked.num_top_logprobs is not None
 
         def choices(_scores: Scores) -> list[ChatChoice]:
@@ -150,7 +159,8 @@ class Service:
             raise Refusal("max_tokens can be 0 only with echo", param="max_tokens")
         for ids in prompts:
             self._checked_limit(limit, len(ids))
-        jobs = [self._job(asked, ids, limit=limit, index=i) for i, ids in enumerate(prompts)]
+        form = await self._form(asked, thinking="none")
+        jobs = [self._job(asked, ids, limit=limit, index=i, form=form) for i, ids in enumerate(prompts)]
         each = max(len(jobs[0].limits), 1)
 
         def choices(scores: Scores) -> list[TextChoice]:
@@ -224,6 +234,12 @@ class Service:
 
     async def _render(self, asked: ChatAsked) -> tuple[list[int], str]:
         messages = [turn.message() for turn in asked.messages]
+        if not self.template.can_chat:
+            raise Refusal(
+                "this model has no chat template: ask /v1/completions, or start the server with --template FILE (.jinja, a "
+                "Colossal-AI conversation template, or alpaca)",
+                param="messages",
+            )
         if asked.thinks is not None and not self._has_switch:
             raise Refusal(
                 "this model's chat template has no switch for thinking; leave chat_template_kwargs out",
@@ -293,18 +309,36 @@ class Service:
             )
         return limit
 
+    async def _form(self, asked: Asked, *, thinking: Thinking) -> Callable[[], Constraint] | None:
+        schema = asked.wanted_schema
+        return None if schema is None else await self._forms.compile(schema, thinking=thinking)
+
     def _job(
-        self, asked: Asked, token_ids: list[int], *, limit: int, prefill: str = "", index: int = 0
+        self,
+        asked: Asked,
+        token_ids: list[int],
+        *,
+        limit: int,
+        form: Callable[[], Constraint] | None,
+        prefill: str = "",
+        index: int = 0,
     ) -> Job:
         num_top = asked.num_top_logprobs if isinstance(asked, ChatAsked) else getattr(asked, "logprobs", None)
         scores = isinstance(asked, CompletionAsked) and bool(asked.echo) and asked.logprobs is not None
+        sampling = self._defaults.model_copy(update=asked.sampling() | {"max_new_tokens": max(limit, 1)})
+        if form is not None and sampling.no_repeat_ngram_size:
+            raise Refusal(
+                "no_repeat_ngram_size would forbid what JSON repeats; send 0 with response_format",
+                param="no_repeat_ngram_size",
+            )
         return Job(
             problem=Problem(prompt="", token_ids=token_ids, prefill=prefill, index=index),
             limits=[limit] * (asked.n or 1) if limit else [],
-            sampling=self._defaults.model_copy(update=asked.sampling() | {"max_new_tokens": max(limit, 1)}),
+            sampling=sampling,
             seed=secrets.randbits(62) if asked.seed is None else asked.seed,
             num_top_logprobs=num_top or 0,
             scores_prompt=scores,
+            new_constraint=form,
         )
 
     async def _answer(

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from kitae.config import SamplingSettings
 from kitae.errors import KitaeError
 from kitae.rollout.base import Request
+from kitae.rollout.constraint import Constraint
 from kitae.rollout.session import Event, Session
 from kitae.serve.lanes import Lane, TokenScore, score
 from kitae.types import Problem
@@ -43,6 +45,8 @@ class Job:
     num_top_logprobs: int = 0
     scores_prompt: bool = False
     """Whether the log-probabilities of the prompt's own tokens are wanted."""
+    new_constraint: Callable[[], Constraint] | None = None
+    """Makes each completion's constraint, where its text must have a form."""
 
 
 class Progress:
@@ -108,6 +112,12 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and self._end is None
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and completion of one request may have so many, for all that is known of memory."""
+        budgets = [session.budget for session in self._sessions.values()]
+        return min((budget.most_tokens for budget in budgets if budget is not None), default=sys.maxsize)
 
     @property
     def num_running(self) -> int:
@@ -234,6 +244,8 @@ class EngineThread:
             num_top_logprobs=job.num_top_logprobs,
         )
         for request in requests:
+            request.wants_kept_ids = False
+            request.constraint = job.new_constraint() if job.new_constraint else None
             self._tickets[request] = (ticket, len(ticket.requests))
             ticket.requests.append(request)
 
@@ -249,6 +261,11 @@ class EngineThread:
             if found is None:
                 continue
             ticket, choice = found
+            constraint = event.request.constraint
+            if constraint is not None and constraint.failure is not None:
+                news.pop(ticket, None)
+                self._refuse(ticket, constraint.failure)
+                continue
             news.setdefault(ticket, []).append(Progress(choice, event))
             if event.finish_reason is not None:
                 del self._tickets[event.request]

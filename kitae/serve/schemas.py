@@ -17,14 +17,13 @@ MAX_STOPS, MAX_STOP_CHARACTERS, MAX_N, MAX_TOP_LOGPROBS = 16, 256, 8, 20
 ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
     "audio": (None,), "best_of": (None, 1), "frequency_penalty": (None, 0), "function_call": (None, "none", "auto"),
     "functions": (None, []), "logit_bias": (None, {}), "modalities": (None, ["text"]), "prediction": (None,),
-    "presence_penalty": (None, 0), "response_format": (None, {"type": "text"}), "store": (None, False), "suffix": (None,),
+    "presence_penalty": (None, 0), "store": (None, False), "suffix": (None,),
     "tool_choice": (None, "none", "auto"), "tools": (None, []), "web_search_options": (None,),
 }  # fmt: skip
 """Fields this server does not offer, with the values that change nothing."""
 INSTEAD = {
     "frequency_penalty": "use repetition_penalty",
     "presence_penalty": "use repetition_penalty",
-    "response_format": "ask for the form in the prompt and check what comes",
     "best_of": "ask for n and choose",
 }
 IRRELEVANT = (
@@ -48,6 +47,32 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(_Body):
+    """A JSON schema as OpenAI wraps it. It is always followed, strict or not."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def wanted_schema(self) -> dict[str, Any] | None:
+        """The JSON schema to be followed, if any."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise Refusal(
+                "json_schema belongs to the type json_schema, which needs it", param="response_format"
+            )
+        if self.json_schema is not None:
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class Asked(_Body):
     """What chat and plain completions have in common; None is the server's default."""
 
@@ -61,6 +86,7 @@ class Asked(_Body):
     n: int | None = Field(None, ge=1, le=MAX_N)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -75,13 +101,18 @@ class Asked(_Body):
                 )
         return found
 
+    @property
+    def wanted_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer has to follow, if any."""
+        return None if self.response_format is None else self.response_format.wanted_schema()
+
     def sampling(self) -> dict[str, Any]:
         """What the request says of SamplingSettings."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
         said = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "top_k" in said:
             said["top_k"] = max(said["top_k"], 0)  # -1 keeps all tokens elsewhere
-        return said | {"stop": self.stops()}
+        return said if self.stop is None else said | {"stop": self.stops()}
 
     @property
     def wants_usage(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from kitae.data.tokens import TAGS
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -19,6 +21,16 @@ class TokenTexts:
         is_byte_level = "ByteLevel" in repr(self._core.decoder)
         self._bytes = {char: value for value, char in bytes_to_unicode().items()} if is_byte_level else None
         self.ids = frozenset(self._core.get_vocab().values())
+        self.added = frozenset(self._added.values())
+        """The texts of the added tokens."""
+        self.control_ids = frozenset(
+            i for i, text in self._added.items() if text not in TAGS and not text.isspace()
+        )
+        """Ids of the tokens that never become text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return list(self._core.encode(text, add_special_tokens=False).ids)
 
     def bytes(self, token: int) -> bytes:
         """What the token adds to a text in UTF-8; it may be a part of a character."""

@@ -124,6 +124,11 @@ def paths_of(value: Any) -> list[str]:
     return list(value) if isinstance(value, list | tuple) else [str(value)]
 
 
+def texts_of(value: Any) -> list[str]:
+    """A list of texts, or one of them; what is in one is never cut."""
+    return list(value) if isinstance(value, list | tuple) else [str(value)]
+
+
 def cached(value: Any) -> Any:
     return "cache" if switch(value) else Unset()
 
@@ -136,8 +141,8 @@ def sequence_level(value: Any) -> Unset:
     return Unset()
 
 
-def checkpointing(value: Any) -> bool:
-    return True if value == "unsloth" else switch(value)
+def checkpointing(value: Any) -> Any:
+    return True if value == "unsloth" else value if value in ("offload", "auto") else switch(value)
 
 
 DTYPES = {
@@ -217,7 +222,13 @@ def _hugging_face() -> list[Alias]:
             "--load_in_4bit", "model.quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True
         ),
         a.limited("--load_in_8bit", "8-bit base weights", is_switch=True),
-        a.maps("--gradient_checkpointing", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("--gradient_checkpointing", "model.gradient_checkpointing", checkpointing, is_switch=True),
+        a.maps(
+            "--activation_offloading",
+            "model.gradient_checkpointing",
+            lambda v: "offload" if switch(v) else Unset(),
+            is_switch=True,
+        ),
         a.maps("--torch_compile", "model.torch_compile", switch, is_switch=True),
         a.maps("--dataset_name --train_file", "data.train", paths_of),
         a.maps("--validation_file --eval_file", "data.eval", paths_of),
@@ -325,6 +336,7 @@ def _hugging_face_distill() -> list[Alias]:
         a.maps("--lmbda", "distill.on_policy_share"),
         a.together("--beta", "distill.divergence, distill.beta", "0 is forward_kl, 1 reverse_kl, between them jsd"),
         a.maps("--temperature", "rollout.temperature", note="TRL's GKD compares distributions at temperature 1"),
+        a.maps("--stop_strings --stop_words", "rollout.stop", texts_of),
         a.maps("--max_completion_length", "rollout.max_new_tokens"),
         a.maps("--seq_kd", "teacher.name_or_path", sequence_level, note="false only: see kitae sample", is_switch=True),
         *a.warns("--teacher_model_init_kwargs", "settings of the teacher are teacher.*"),
@@ -410,7 +422,7 @@ def _train_dpo() -> list[Alias]:
         a.maps("--save_interval", "save.steps"),
         a.together("--use_wandb", "log.report_to", "adds wandb", is_switch=True),
         a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
-        a.maps("--grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("--grad_checkpoint", "model.gradient_checkpointing", checkpointing, is_switch=True),
         a.maps("--lora_train_bias", "lora.bias"),
         _Writer(TRAIN_DPO, ("orpo",)).maps("--lam", "orpo.odds_coef"),
         *a.warns("--use_flash_attn", "packed attention is always on", is_switch=True),
@@ -447,6 +459,7 @@ def _hugging_face_rounds() -> list[Alias]:
             "the first is reward.function, others are added with their weights",
         ),
         a.together("--reward_weights", "reward.weight, reward.extra", "one per name in --reward_funcs; 1 where not given"),
+        a.maps("--stop_strings --stop_words", "rollout.stop", texts_of),
         a.maps("--reward_model_path", "reward.function"),
         *a.warns("--max_seq_length", "rounds have max_prompt_length and max_completion_length"),
     ]  # fmt: skip
@@ -456,6 +469,9 @@ def _hugging_face_grpo() -> list[Alias]:
     a = _Writer(HF, GRPO)
     return [
         a.maps("--beta", "grpo.kl_coef"),
+        a.together(
+            "--generation_kwargs", "rollout.*", "JSON with temperature, top_p, top_k, min_p, and stop or stop_strings"
+        ),
         a.together("--epsilon", "grpo.clip_low, grpo.clip_high", "both sides, unless epsilon_high is given"),
         a.together("--epsilon_high", "grpo.clip_high", "the upper side; with cispo the largest weight, 1 + clip_high"),
         a.together(
@@ -520,7 +536,7 @@ def _lora_finetune() -> list[Alias]:
         a.maps("--lr", "optim.learning_rate"),
         a.maps("--grad_clip", "optim.max_grad_norm"),
         a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
-        a.maps("-g --use_grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("-g --use_grad_checkpoint", "model.gradient_checkpointing", checkpointing, is_switch=True),
         *a.warns("--config_file", "the settings of a run are written to run.json in its folder"),
         *a.warns("-f --use_flash_attn", "packed attention is always on", is_switch=True),
         *a.warns("--microbatch_size", "it cuts a pipeline's batch, and there is no pipeline"),
@@ -557,7 +573,7 @@ def _train_grpo() -> list[Alias]:
         a.together("--use_wandb", "log.report_to", "adds wandb", is_switch=True),
         a.maps("-si --save_interval", "save.steps"),
         a.together("--mixed_precision", "model.dtype", "bf16 or fp16, as --bf16 and --fp16"),
-        a.maps("--grad_checkpoint", "model.gradient_checkpointing", switch, is_switch=True),
+        a.maps("--grad_checkpoint", "model.gradient_checkpointing", checkpointing, is_switch=True),
         *a.warns("--use_flash_attn", "packed attention is always on", is_switch=True),
         *a.warns("--disable_loss_mask", "only completions are ever in the loss", is_switch=True),
         *a.warns("--max_tokens_thinking", "max_new_tokens limits thinking and answer together"),
@@ -677,6 +693,7 @@ def _use() -> list[Alias]:
         a.maps("--torch_dtype", "dtype", choice(DTYPES)),
         a.maps("--load_in_4bit", "quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True),
         a.maps("--max_tokens --max_completion_tokens --max_completion_length", "max_new_tokens"),
+        a.maps("--stop_strings --stop_words", "stop", texts_of),
         a.together(
             "--do_sample",
             "temperature",

@@ -102,6 +102,11 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
 
 
 def _contradictions_in_ppo(cfg: Any) -> Iterator[str]:
+    if cfg.rollout.quantization == "int8":
+        yield (
+            "rollout.quantization is int8, and ppo takes the sampler's log-probs for the policy's own; set it to none, or "
+            "use grpo, which corrects for the difference by grpo.is_cap"
+        )
     if cfg.ppo.target_kl and not cfg.ppo.kl_coef:
         yield (
             f"ppo.target_kl is {cfg.ppo.target_kl} and ppo.kl_coef 0: the steered weight starts at ppo.kl_coef and grows "
@@ -116,6 +121,11 @@ def _contradictions_in_grpo(cfg: Any) -> Iterator[str]:
         yield (
             f"grpo.dual_clip is {grpo.dual_clip:g}, which is not above 1 + grpo.clip_high = {1 + grpo.clip_high:g}; it "
             "bounds ratios that clip_high leaves alone, 3 is usual"
+        )
+    if rollout.quantization == "int8" and not grpo.is_cap:
+        yield (
+            "rollout.quantization is int8 and grpo.is_cap is 0: the sampler's log-probs are not quite the learner's and "
+            "need a correction; set grpo.is_cap too, such as 2"
         )
     judge = cfg.reward.function
     if rollout.curriculum == "pass_rate" and (names_model(judge) or judge == "repetition"):
@@ -243,6 +253,12 @@ def _idle(recipe: str, cfg: Any) -> Iterator[tuple[str, str]]:
         )
     if recipe == "reward_model":
         yield from idle(bool(cfg.loss), "reward_model.center_coef", "the loss is your own (loss)")
+    if hasattr(cfg, "rollout"):
+        yield from idle(
+            cfg.rollout.engine == "generic",
+            "rollout.kv_cache_tokens",
+            "rollout.engine is generic, which keeps rows, not tokens; see rollout.inference_batch_size",
+        )
     if recipe in SAMPLING:
         yield from idle(
             True,

@@ -36,7 +36,13 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        return self.annotation is bool
+        """Whether its flag may stand alone, which is true."""
+        return bool in self.alternatives
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The words it takes, beside numbers, texts, true and false."""
+        return frozenset(str(w) for t in self.alternatives if get_origin(t) is Literal for w in get_args(t))
 
     @property
     def is_list(self) -> bool:

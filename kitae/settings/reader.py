@@ -34,14 +34,14 @@ class Reader:
     # reading ---------------------------------------------------------------------------------------------------
 
     def from_words(self, given: Sequence[str]) -> tuple[list[str], list[tuple[str, Any, Origin]]]:
-        alone, flags = words.split(given, is_switch=lambda flag: self._is_switch(flag.name))
+        alone, flags = words.split(given, switch_words=lambda flag: self._switch_words(flag.name))
         items: list[tuple[str, Any, Origin]] = []
         for flag in flags:
             setting, alias = self._find(flag.name)
             if setting is None and alias is None:
                 raise self._unknown(flag.spelling, flag.name)
             origin = Origin(where=flag.spelling, rank=1, is_foreign=alias is not None)
-            if not flag.values and not self._is_switch(flag.name):
+            if not flag.values and self._switch_words(flag.name) is None:
                 raise ConfigError(f"{flag.spelling} needs a value")
             value: Any = flag.values if len(flag.values) > 1 else (flag.values or ["true"])[0]
             items.append((flag.name, value, origin))
@@ -92,9 +92,15 @@ class Reader:
         table = self.known.get(name.rpartition(".")[0])
         return (table if table is not None and table.is_table else None), None
 
-    def _is_switch(self, name: str) -> bool:
+    def _switch_words(self, name: str) -> frozenset[str] | None:
+        """What a switch takes beside true and false; None for what is no switch."""
         setting, alias = self._find(name)
-        return alias.is_switch if alias else setting is not None and setting.is_switch
+        if alias is not None:
+            if not alias.is_switch:
+                return None
+            setting = self.known.get(alias.to)
+            return setting.words if setting is not None and setting.is_switch else frozenset()
+        return setting.words if setting is not None and setting.is_switch else None
 
     def _unknown(self, where: str, name: str) -> ConfigError:
         """An error with the nearest known name, written as the user wrote: with or without dashes."""

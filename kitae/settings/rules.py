@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kitae.errors import ConfigError
-from kitae.settings.aliases import REWARDS, paths_of, unquoted
+from kitae.settings.aliases import REWARDS, paths_of, texts_of, unquoted
 from kitae.settings.draft import Draft, Given, Origin, as_bool, as_int
 
 _RL_EXAMPLE = ("inference_microbatch_size", "train_minibatch_size", "train_microbatch_size", "algo")
@@ -34,6 +34,15 @@ _ALGOS: dict[str, dict[str, Any]] = {
     },
 }
 """What rl_example.py's -a stands for; each gives way to a setting that is given."""
+_GENERATION = {
+    "temperature": "rollout.initial_temperature",
+    "top_p": "rollout.top_p",
+    "top_k": "rollout.top_k",
+    "min_p": "rollout.min_p",
+    "stop": "rollout.stop",
+    "stop_strings": "rollout.stop",
+}
+"""What TRL's generation_kwargs may hold that rollouts have too."""
 _TRAIN_GRPO = ("num_collect_steps", "num_update_steps", "experience_batch_size")
 
 
@@ -46,7 +55,7 @@ def apply(draft: Draft) -> None:
     if draft.command == "grpo":
         for rule in (
             _sampled_at_once, _loss_type, _epsilon, _algo, _hugging_face_batch, _colossal_batch, _ray_batch,
-            _reference_refresh,
+            _reference_refresh, _generation_kwargs,
         ):  # fmt: skip
             rule(draft)
     if draft.command == "distill":
@@ -118,14 +127,17 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _from_json(given: Given) -> Any:
+    """Its value, read where it is the text of a JSON object (Any: whatever that holds)."""
+    try:
+        return unquoted(given.value)
+    except ValueError as error:
+        raise ConfigError(f"{given.origin.where} is {given.value!r}, which is not JSON: {error}") from error
+
+
 def _data_files(draft: Draft) -> None:
     for given in _taken(draft, "data_files"):
-        try:
-            value = unquoted(given.value)
-        except ValueError as error:
-            raise ConfigError(
-                f"{given.origin.where} is {given.value!r}, which is not JSON: {error}"
-            ) from error
+        value = _from_json(given)
         if not isinstance(value, Mapping):
             draft.put("data.train", paths_of(value), given.origin)
             continue
@@ -252,6 +264,18 @@ def _do_sample(draft: Draft) -> None:
 
 
 # GRPO --------------------------------------------------------------------------------------------------------------
+
+
+def _generation_kwargs(draft: Draft) -> None:
+    for given in _taken(draft, "generation_kwargs"):
+        value = _from_json(given)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{given.origin.where} is {given.value!r}; it takes a JSON object")
+        for name, own in value.items():
+            if name not in _GENERATION:
+                raise ConfigError(f"{given.origin.where} has {name!r}; it takes {', '.join(_GENERATION)}")
+            to = _GENERATION[name]
+            draft.put(to, texts_of(own) if to == "rollout.stop" else own, given.origin)
 
 
 def _is_rl_example(draft: Draft) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from kitae.errors import ConfigError
@@ -31,10 +31,13 @@ class Flag:
         return self.spelling
 
 
-def split(words: Sequence[str], *, is_switch: Callable[[Flag], bool]) -> tuple[list[str], list[Flag]]:
+def split(
+    words: Sequence[str], *, switch_words: Callable[[Flag], Collection[str] | None]
+) -> tuple[list[str], list[Flag]]:
     """Words that stand alone, and flags with their values.
 
-    A switch takes a following word only if it is true or false, so that `--resume run.toml` works.
+    `switch_words` is None for a flag that needs a value. A switch takes a following word only if it is true, false or one of
+    these, so that `--resume run.toml` works.
     """
     refuse_pasted_marks(words)
     alone: list[str] = []
@@ -44,15 +47,15 @@ def split(words: Sequence[str], *, is_switch: Callable[[Flag], bool]) -> tuple[l
             spelling, equals, value = word.partition("=")
             flags.append(Flag(spelling, [value] if equals else []))
             is_closed = bool(equals)
-        elif not flags or is_closed or (is_switch(flags[-1]) and not _says_truth(flags[-1], word)):
+        elif not flags or is_closed or not _takes(flags[-1], word, switch_words(flags[-1])):
             alone.append(word)
         else:
             flags[-1].values.append(word)
     return alone, flags
 
 
-def _says_truth(flag: Flag, word: str) -> bool:
-    return not flag.values and word.lower() in _TRUTH
+def _takes(flag: Flag, word: str, switch_words: Collection[str] | None) -> bool:
+    return switch_words is None or (not flag.values and word.lower() in {*_TRUTH, *switch_words})
 
 
 def refuse_pasted_marks(words: Sequence[str]) -> None:

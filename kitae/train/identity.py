@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
+from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from kitae.compiler import cpu_features
 from kitae.parallel.world import World
 
 UNCOMPARED = ("output_dir", "resume", "overwrite", "allow_inexact", "save", "log", "eval")
@@ -25,12 +28,23 @@ def identity(*, settings: Mapping[str, Any], facts: Mapping[str, Any], world: Wo
 def machine(world: World) -> dict[str, Any]:
     """What decides the order and kind of floating-point operations."""
     device = world.device
-    return {
+    found = {
         "world_size": world.world_size,
         "threads": torch.get_num_threads(),
         "device": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type,
         "torch": torch.__version__,
     }
+    return found | ({"cpu": cpu()} if device.type == "cpu" else {})
+
+
+def cpu() -> str:
+    """The CPU's name, and a hash of what kernels are chosen by: `AMD EPYC 9R14, features 5c1e07aa`."""
+    features = cpu_features()
+    names = [
+        line.partition(":")[2].strip() for line in features.splitlines() if line.startswith("model name")
+    ]
+    digest = blake2b(features.encode(), digest_size=4).hexdigest()
+    return f"{names[0] if names else platform.machine()}, features {digest}"
 
 
 def versions() -> dict[str, str | None]:

@@ -3,17 +3,23 @@
 import json
 import os
 import signal
+import socket
 import stat
+import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="kitae[serve] is not installed")
 
 from kitae.cli.main import main
+from kitae.errors import KitaeError, LockedError
 from kitae.jobs import endpoints
+from kitae.jobs.job import Job
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +75,21 @@ def test_a_model_that_is_not_there_fails_with_its_reason(capsys):
     assert "/no/such/model" in said(capsys, "endpoints", "log", "bad")[1]
 
 
+def test_a_port_in_use_is_said_in_one_line_and_by_the_exit_code(tiny, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, _, err = said(capsys, "deploy", str(tiny("qwen3")), "--name", "second", "--port", port)
+    last = err.splitlines()[-1]
+    assert code == 69 and last.startswith(
+        "kitae: error: endpoint second failed while it was loading: cannot listen on"
+    )
+    [_, row, note] = said(capsys, "endpoints")[1].splitlines()
+    assert row.split()[:2] == ["second", "failed"] and len(row) < 200
+    assert note.startswith("second: cannot listen on")
+
+
 def test_ctrl_c_while_it_loads_leaves_it_alive(tiny, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -117,12 +138,65 @@ def test_names_are_made_from_models_and_never_collide(monkeypatch):
         endpoints._free_name("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B/") == "deepseek-r1-distill-qwen-1.5b"
     )
     assert endpoints._free_name("日本語") == "model"
-    folder = endpoints._claim("model")
+    with endpoints._names() as base:
+        folder = endpoints._claim(base / "model")
     (folder / "job.json").write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(endpoints.Endpoint, "state", lambda self: "running")
         assert endpoints._free_name("日本語") == "model-2"
     assert endpoints._free_name("日本語") == "model", "one that has ended gives its name back"
+
+
+@pytest.fixture
+def sleeper(monkeypatch):
+    """Jobs that sleep instead of serving."""
+    start = Job.start
+
+    def begin(folder, command, **how):
+        return start(folder, [sys.executable, "-c", "import time; time.sleep(60)"], **how)
+
+    monkeypatch.setattr(Job, "start", begin)
+
+
+def deploy_at_once(count: int, **how) -> list[endpoints.Endpoint | KitaeError]:
+    barrier = Barrier(count)
+
+    def deploy(_):
+        barrier.wait()
+        try:
+            return endpoints.deploy([], model="m", grace_s=1, **how)
+        except KitaeError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(deploy, range(count)))
+
+
+def test_of_several_that_take_an_ended_name_at_once_one_wins_and_the_others_are_told(sleeper):
+    for _ in range(3):
+        found = deploy_at_once(6, name="same")
+        [won] = [one for one in found if isinstance(one, endpoints.Endpoint)]
+        assert won.state() in ("creating", "loading") and won.job.is_alive() and won.token
+        lost = [one for one in found if isinstance(one, LockedError)]
+        assert len(lost) == 5 and all("stop it first: kitae endpoints stop same" in str(e) for e in lost)
+        assert won.job.stop(grace_s=1) == "stopped"
+
+
+def test_several_without_a_name_at_once_get_one_each(sleeper):
+    names = sorted(one.name for one in deploy_at_once(4))
+    assert names == ["m", "m-2", "m-3", "m-4"]
+
+
+def test_what_a_killed_deploy_left_is_taken_over_and_other_folders_are_not(sleeper, tmp_path):
+    base = tmp_path / "home" / "endpoints"
+    (base / "half").mkdir(parents=True)
+    (base / "half" / "token").write_text("old")
+    (base / "notes").mkdir()
+    (base / "notes" / "mine.txt").write_text("keep me")
+    assert endpoints.deploy([], model="m", grace_s=1, name="half").token != "old"
+    with pytest.raises(LockedError, match="is not an endpoint's; choose another --name"):
+        endpoints.deploy([], model="m", grace_s=1, name="notes")
+    assert (base / "notes" / "mine.txt").read_text() == "keep me"
 
 
 def post(url: str, token: str, body: dict) -> dict:

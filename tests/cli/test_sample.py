@@ -172,7 +172,7 @@ def test_other_settings_are_refused_by_name_and_other_filters_ask_nothing(local,
     assert "reward.code" in local(keep=1)[2]
     (files / "lengths.py").write_text(LENGTHS)
     monkeypatch.setattr(
-        "kitae.cli.sample.open_model", lambda *_, **__: pytest.fail("the model was loaded again")
+        "kitae.cli._teachers.open_model", lambda *_, **__: pytest.fail("the model was loaded again")
     )
     assert local(keep=3)[0] == 0
     assert len(lines(files / "rows.jsonl")) > few

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kitae.errors import ModelError, RunDirError
-from kitae.export import convert, fp8
+import kitae as package
+from kitae import backends
+from kitae.errors import ConfigError, ModelError, RunDirError
+from kitae.export import convert, fp8, weights
 from kitae.export.convert import How, bf16_to_fp8, fp8_to_bf16
 from kitae.models.files import header
 from tests.export.conftest import (
@@ -317,3 +319,56 @@ def test_a_disk_too_small_is_told_before_anything_is_written(fp8_model, tmp_path
     with pytest.raises(RunDirError, match=r"disk too small: need .* have 1000 bytes"):
         fp8_to_bf16(str(fp8_model), How(output=tmp_path / "out"))
     assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+
+
+def test_blocks_are_computed_where_it_is_said(fp8_model, tmp_path, monkeypatch):
+    asked = []
+    real = fp8.dequantize_rows
+
+    def dequantize_rows(weight, scale, **options):
+        asked.append({weight.device.type, scale.device.type})
+        return real(weight, scale, **options)
+
+    monkeypatch.setattr(weights, "dequantize_rows", dequantize_rows)
+    package.export("fp8-to-bf16", fp8_model, tmp_path / "a", device="cpu", no_verify=True)
+    assert asked and all(kinds == {"cpu"} for kinds in asked)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device is 'cuda', but this machine has no cuda device"):
+            package.export("fp8-to-bf16", fp8_model, tmp_path / "b", device="cuda")
+        package.export("fp8-to-bf16", fp8_model, tmp_path / "b", no_verify=True)
+        assert all(kinds == {"cpu"} for kinds in asked)
+        with pytest.raises(
+            RuntimeError, match="meta tensor"
+        ):  # a device that has no numbers is asked for them
+            fp8_to_bf16(
+                str(fp8_model), How(output=tmp_path / "c", device=torch.device("meta"), num_workers=1)
+            )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_gives_the_bits_of_the_cpu(fp8_model, tmp_path):
+    for device in ("cpu", "cuda"):
+        back, again = tmp_path / f"{device}-bf16", tmp_path / f"{device}-fp8"
+        package.export("fp8-to-bf16", fp8_model, back, device=device, no_verify=True)
+        package.export("bf16-to-fp8", back, again, device=device, no_verify=True)
+    for kind in ("bf16", "fp8"):
+        a, b = tensors_of(tmp_path / f"cpu-{kind}"), tensors_of(tmp_path / f"cuda-{kind}")
+        assert all(torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a)
+
+
+def test_a_device_whose_casts_are_not_exact_is_left_alone(monkeypatch):
+    from kitae.cli.export import _device_of_blocks
+
+    class Inexact:
+        def supports(self, feature):
+            return feature != "float8", "it rounds otherwise"
+
+    monkeypatch.setattr(
+        backends, "pick_device", lambda name="auto", **_: torch.device("cpu" if name == "cpu" else "meta")
+    )
+    monkeypatch.setattr(backends, "of", lambda _: Inexact())
+    assert _device_of_blocks("auto") == torch.device("cpu")
+    with pytest.raises(
+        ConfigError, match=r"FP8 blocks are not computed there \(it rounds otherwise\); use cpu"
+    ):
+        _device_of_blocks("npu")

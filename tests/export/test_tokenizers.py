@@ -16,7 +16,7 @@ from kitae.export.gguf import write_gguf
 from kitae.export.gguf_vocab import vocabulary
 from kitae.export.pretokenizers import EXPRESSIONS, PROBES, find_pretokenizer
 from kitae.export.verify import verify
-from kitae.export.verify_answers import run_llama_cpp
+from kitae.export.verify_llama import run_llama_cpp
 from kitae.models.load import load_tokenizer
 from kitae.models.toy import make_model, make_tokenizer
 

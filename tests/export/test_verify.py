@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kitae as package
+from kitae import backends
+from kitae.cli._gate import text_of
 from kitae.cli.main import main
-from kitae.errors import GateError
-from kitae.export import gguf_file, verify_answers
+from kitae.errors import GateError, PlanError
+from kitae.export import gguf_file, verify_answers, verify_llama
 from kitae.export import verify as gate
 from kitae.export.convert import How
 from kitae.export.gguf import write_gguf
@@ -77,7 +79,7 @@ def test_all_forms_of_a_model_are_compared_in_one_table(tiny, tmp_path, monkeypa
 
 
 def test_a_report_says_what_ran_the_file(model, file, monkeypatch):
-    wanted = "llama.cpp" if verify_answers.has_llama_cpp() else "dequantised by gguf, kitae, float32"
+    wanted = "llama.cpp" if verify_llama.has_llama_cpp() else "dequantised by gguf, kitae, float32"
     assert verify(str(model), [file])["rows"][-1]["how"] == wanted
     monkeypatch.setattr(gate, "has_llama_cpp", lambda: False)
     report = verify(str(model), [file])
@@ -141,7 +143,7 @@ def test_another_template_is_caught(model, file, tmp_path):
     reader.data.flush()
     said = failures(model, file)
     assert "tokenizer.chat_template is" in said
-    assert ("rendered otherwise by llama.cpp" in said) == verify_answers.has_llama_cpp()
+    assert ("rendered otherwise by llama.cpp" in said) == verify_llama.has_llama_cpp()
 
     folder = shutil.copytree(model, tmp_path / "template")
     path = folder / "chat_template.jinja"
@@ -186,21 +188,11 @@ def test_a_rejected_export_loses_its_name_and_exits_with_3(model, tmp_path, monk
         said = capsys.readouterr().err
         assert "m.gguf failed the gate:" in said and "FAILED m.gguf: token_embd" in said
         assert not (tmp_path / "m.gguf").exists() and (tmp_path / "m.gguf.rejected").is_file()
-    assert not json.loads((tmp_path / "m.gguf.verify.json").read_text())["passed"]
+    assert not json.loads((tmp_path / "m.gguf.rejected.verify.json").read_text())["passed"]
     assert main([*command, "--no_verify"]) == 0
     assert main(["export", "verify", str(model), "m.gguf"]) == 3 and (tmp_path / "m.gguf").is_file()
     with pytest.raises(GateError, match="failed the gate"):
         package.export("verify", model, candidates=["m.gguf"])
-
-
-def test_an_export_that_could_not_be_checked_says_so(model, tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gate, "verify", interrupted)
-    output = tmp_path / "m.gguf"
-    assert main(["export", "gguf", str(model), "--type", "q8_0", "--output", str(output)]) == 130
-    assert f"{output} is whole, but was not checked" in capsys.readouterr().err and output.is_file()
 
 
 def test_a_report_is_not_carried_to_another_export(model, tmp_path):
@@ -216,11 +208,78 @@ def test_what_cannot_be_run_is_compared_by_its_tensors_and_says_so(model, tmp_pa
         path.unlink()
     assert main(["export", "bf16-to-fp8", str(folder), "--output", str(tmp_path / "fp8")]) == 0
     said = capsys.readouterr().out
-    assert "not run, only tensors compared" in said and "no tokenizer.json" in said
+    assert "the original was not run: " in said and "no tokenizer.json" in said
+    assert "not checked of fp8: log-probabilities and completions against the original's" in said
     report = json.loads((tmp_path / "fp8" / "kitae_verify.json").read_text())
     assert [r["how"] for r in report["rows"]] == ["tensors only"] and report["rows"][0]["tensors"][
         "count"
     ] == 21
+
+
+def without_room(monkeypatch):
+    """As if the model did not fit into memory."""
+
+    def load_policy(*_, **__):
+        raise PlanError("the model needs more memory than there is")
+
+    monkeypatch.setattr(verify_answers, "load_policy", load_policy)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_file_whose_original_does_not_fit_into_memory_still_runs_in_llama_cpp(
+    is_large, model, file, monkeypatch
+):
+    pytest.importorskip("xllamacpp")
+    without_room(monkeypatch)
+    if is_large:  # the file too
+        monkeypatch.setattr(type(backends.pick("cpu")), "memory", lambda *_: (1000, 1000))
+    report = verify(str(model), [file])
+    [found] = report["rows"]
+    assert report["passed"] and report["not_run"] == "the model needs more memory than there is"
+    assert (found["how"], found["stops"]) == ("llama.cpp, alone", [2])
+    assert found["tensors"]["count"] == 21 and found["kl_mean"] is None
+    assert found["not_checked"] == ["log-probabilities and completions against the original's"]
+    assert "not checked of m.gguf: log-probabilities" in text_of(report)
+
+
+def test_faults_are_caught_where_the_original_does_not_fit_into_memory(model, file, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    without_room(monkeypatch)
+    reader = edited(file)
+    field = reader.fields["tokenizer.chat_template"]
+    text = bytes(field.parts[field.data[0]])
+    field.parts[field.data[0]][:] = np.frombuffer(text.replace(b"assistant\\n", b"ASSISTANT\\n"), np.uint8)
+    field = reader.fields["tokenizer.ggml.eos_token_id"]
+    field.parts[field.data[0]][0] = 40
+    norm = next(t for t in reader.tensors if t.name == "output_norm.weight")
+    norm.data[:] = np.nan
+    reader.data.flush()
+    said = failures(model, file)
+    assert "6 of 6 conversations are rendered otherwise by llama.cpp" in said
+    assert "it does not stop at ids [2]" in said
+    assert "after 6 of 6 prompts its log-probabilities are not finite" in said
+
+
+def test_an_adapters_own_file_is_verified_by_name(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kitae_adapter(model, tmp_path / "adapter")
+    assert main(["export", "gguf", "adapter", "--adapter_only", "--output", "a.gguf", "--no_verify"]) == 0
+    assert main(["export", "merge", "adapter", "--output", "merged", "--no_verify"]) == 0
+    capsys.readouterr()
+    assert main(["export", "verify", "adapter", "a.gguf"]) == 0
+    said = capsys.readouterr().out
+    assert "tensors only" in said and "not checked of a.gguf: what it says on its base in llama.cpp" in said
+    report = verify("adapter", ["merged", "a.gguf"])
+    assert report["passed"] and row(report, "merged")["kl_mean"] < 1e-6
+    assert row(report, "a.gguf")["tensors"]["count"] == 14
+    assert "a.gguf holds an adapter alone" in failures(model, tmp_path / "a.gguf")
+
+    reader = edited(tmp_path / "a.gguf")
+    half = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight.lora_b")
+    half.data[:] *= -1
+    reader.data.flush()
+    assert main(["export", "verify", "adapter", "a.gguf"]) == 3
+    assert "FAILED a.gguf: blk.1.ffn_up.weight (F16) is off by 2" in capsys.readouterr().out
 
 
 def test_a_model_in_4_bits_is_compared_too(tiny, tmp_path):

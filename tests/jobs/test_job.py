@@ -112,6 +112,18 @@ def test_stop_ends_a_deaf_tree_when_its_time_is_up(start):
     assert job.end()["code"] == -9 and time.monotonic() - before < 8
 
 
+def test_while_it_is_given_time_to_end_others_see_it_stopping(start):
+    job = start(DEAF, grace_s=1.5)
+    wait_for(lambda: job.log_tail() == ["ready"] * 2)
+    states = []
+    stopping = threading.Thread(target=lambda: states.append(job.stop()))
+    stopping.start()
+    wait_for(lambda: Job(job.folder).state() == "stopping")
+    assert Job(job.folder).is_alive() and not states
+    stopping.join()
+    assert states == ["stopped"]
+
+
 @pytest.mark.parametrize("code", [POLITE, DEAF])
 def test_a_killed_supervisor_loses_neither_the_job_nor_the_stop(start, code):
     job = start(code, grace_s=0.5)

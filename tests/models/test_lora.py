@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kitae.config import LoraSettings, ModelSettings, SeamSettings
 from kitae.errors import ConfigError, ModelError
@@ -275,3 +278,34 @@ def test_targets_of_a_model_without_experts_are_linears_only(plain_model):
     targets = find_targets(plain_model("llama"), "all-linear")
     assert len(targets.linears) == 14
     assert targets.fused == []
+
+
+def edit_adapter(folder, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_an_adapter_of_another_model_is_refused_with_names_and_shapes(trainable, policy_of, tmp_path):
+    save_policy(policy_of("qwen3", lora=LORA), tmp_path)
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    deeper = name.replace("layers.1", "layers.7")
+
+    def load():
+        settings = ModelSettings(name_or_path=str(tmp_path), dtype="float32", device="cpu")
+        load_policy(settings, trainable=trainable, lora=LORA if trainable else None)
+
+    load()
+    edit_adapter(tmp_path, lambda tensors: tensors.update({deeper: torch.zeros_like(tensors[name])}))
+    with pytest.raises(
+        ModelError, match=rf"without a place there: {re.escape(deeper)} \[4, 64\]; use it with"
+    ):
+        load()
+    edit_adapter(tmp_path, lambda tensors: (tensors.pop(deeper), tensors.pop(name)))
+    with pytest.raises(ModelError, match=rf"missing in it: {re.escape(name)}; use it with"):
+        load()
+    edit_adapter(tmp_path, lambda tensors: tensors.update({name: torch.zeros(4, 60)}))
+    with pytest.raises(ModelError, match=r"does not fit this model: .*size mismatch.*q_proj"):
+        load()

@@ -139,6 +139,37 @@ def test_attention_over_packed_rows_and_shared_prompts(size, value_size, dtype):
     )
 
 
+@both
+def test_attention_over_many_blocks_of_queries_and_keys(dtype):
+    lengths = [Segment(0, 300), Segment(300, 31, 0, 290), Segment(331, 270, 0, 290), Segment(601, 513)]
+    packing = Packing(segments=lengths, num_tokens=1152)
+    assert_equal_with_gradients(
+        lambda q, k, v: attention.attend(q, k, v, packing, scaling=0.2, kernels=True)[:1114],
+        lambda q, k, v: row_by_row(q, k, v, packing, scaling=0.2)[:1114],
+        *(rows_of(1152, heads, 16, seed=seed) for seed, heads in enumerate((2, 1, 1))),
+        dtype=dtype,
+    )
+
+
+def test_attention_reads_heads_where_they_lie():
+    packing = Packing(segments=SEGMENTS, num_tokens=256)
+    together = rows_of(256, 2, 40)  # queries, keys and values of a head side by side, as latent attention has them
+
+    def attended(x):
+        return attention.attend(*x.split((16, 16, 8), -1), packing, scaling=0.3, kernels=True)
+
+    assert_equal_with_gradients(
+        attended, lambda x: row_by_row(*x.split((16, 16, 8), -1), packing, scaling=0.3), together
+    )
+
+
+def test_padding_gives_no_gradient_whatever_memory_held():
+    packing = Packing(segments=[Segment(0, 20)], num_tokens=64)
+    q, k, v = (rows_of(64, 2, 16, seed=s).requires_grad_() for s in range(3))
+    attention.attend(q, k, v, packing, scaling=0.3, kernels=True).sum().backward()
+    assert all((x.grad[20:] == 0).all() and x.grad[:20].abs().sum() > 0 for x in (q, k, v))
+
+
 def test_attention_takes_its_kernel_only_where_a_prefix_begins_a_segment():
     inside = Packing(segments=[Segment(0, 9), Segment(9, 4, 2, 5)], num_tokens=16)
     assert attention.runs_of(inside) is None

@@ -146,6 +146,24 @@ def test_a_sampler_that_computes_otherwise_is_seen_and_weighed(run, monkeypatch)
     )
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+def test_int8_rollouts_train_and_their_mismatch_is_logged_and_corrected(run, kernels, lora):
+    """Means over 96 tokens. The ratio's clip is around the learner's own log-probs, so the first update clips nothing."""
+    how = {"grpo": {"is_cap": 2}, "lora": {"rank": lora}, "train": {"max_steps": 3}}
+    plain, _, _ = run(VARIED, name="plain", rollout={"engine": "native"}, **how)
+    lines, samples, _ = run(VARIED, rollout={"quantization": "int8"}, **how)
+    for line, exact in zip(lines, plain, strict=True):
+        assert exact["rollout/sampler_gap"] <= 1e-5
+        assert 1e-4 <= line["rollout/sampler_gap"] <= 0.05
+        assert 0 < line["rollout/sampler_kl"] <= 0.01
+        assert line["rollout/is_weight"] == pytest.approx(1, abs=0.05)
+        assert line["rollout/is_weight"] != 1
+        assert line["rollout/is_capped"] == 0
+        assert line["train/approx_kl"] == pytest.approx(0, abs=1e-6)
+        assert line["train/grad_norm"] > 0
+    assert len(samples) == 3 * 16
+
+
 VARIANTS = {
     "rloo": {"advantage": "rloo"},
     "reinforce++": {"advantage": "reinforce++"},

@@ -59,13 +59,16 @@ def settings_for(recipe, folder, model, data):
         return {**common, "train": batch}
     rollout = {
         "prompts_per_round": 3, "num_generations": 4, "max_new_tokens": 8, "updates_per_round": 2, "epochs_per_round": 2,
-        "inference_batch_size": 8,
+        "inference_batch_size": 8, "stop": ["7", "<a"],
     }  # fmt: skip
     train = {"max_steps": 9, "num_threads": 1}
     if recipe == "grpo, native":
         rollout["engine"] = "native"
     if recipe in ("grpo", "grpo, native"):
         return {**common, "train": train, "rollout": rollout, "grpo": {"kl_coef": 0.01}}
+    if recipe == "grpo, native int8":
+        rollout |= {"quantization": "int8", "kv_cache_tokens": 160}
+        return {**common, "train": train, "rollout": rollout, "grpo": {"is_cap": 2}}
     reward = data.with_name("reward.py")
     reward.write_text(  # a dead group for every other prompt
         "def reward(completion, *, prompt, answer, **columns):\n"
@@ -140,6 +143,11 @@ KILLS = {
         ["kitae.train.learner", "Learner", "optim_step", 3],
         ["kitae.rollout.native", "NativeRows", "enter", 2],
         ["kitae.rollout.native", "NativeEngine", "sync", 1],
+    ],
+    "grpo, native int8": [
+        ["kitae.rollout.native", "NativeRows", "advance", 2],
+        ["kitae.train.learner", "Learner", "optim_step", 3],
+        ["kitae.recipes._variants", "OwnLogprobs", "annotate", 2],
     ],
     "grpo, variants": [
         ["kitae.recipes._prompts", "Prompts", "_replace", 2],

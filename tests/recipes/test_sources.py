@@ -35,7 +35,7 @@ def setup_for(tmp_path, model, *, weights, max_rows):
 def test_every_source_is_held_out_from_and_problems_have_numbers_of_their_own(tiny, tmp_path):
     setup = setup_for(tmp_path, tiny("qwen3"), weights=[1.0, 1.0], max_rows=8)
     with setup.run:
-        problems, held_out = setup.problems(max_prompt_length=64)
+        problems, held_out = setup.data.problems(max_prompt_length=64)
     assert sorted(p.prompt[0] for p in held_out) == ["a"] * 4 + ["b"] * 4
     assert not {p.prompt for p in held_out} & {problems[i].prompt for i in range(len(problems))}
     numbers = [problems[i].index for i in range(len(problems))]

@@ -210,8 +210,8 @@ FAILURES = {
     "returns a list": "returned list [1.0]; it must return a finite number",
     "leaves": "ended its worker process (exit code 3)",
     "crashes": "ended its worker process (exit code -11)",
-    "never ends": "took longer than reward.timeout_s = 1.5 s",
-    "sleeps": "took longer than reward.timeout_s = 1.5 s",
+    "never ends": "took more than reward.timeout_s = 0.5 s of CPU time, or 2.5 s in all",
+    "sleeps": "took more than reward.timeout_s = 0.5 s of CPU time, or 2.5 s in all",
     "takes memory": "ran into its limit: out of memory",
     "calls itself": "ran into its limit: nested too deep",
 }
@@ -220,13 +220,13 @@ FAILING = f"{Path(__file__).with_name('failing_reward.py')}:reward"
 
 @pytest.fixture(scope="module")
 def stopping_pool():
-    with pool_with(FAILING, timeout_s=1.5) as pool:
+    with pool_with(FAILING, timeout_s=0.5) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def masking_pool():
-    with pool_with(FAILING, timeout_s=1.5, on_error="mask") as pool:
+    with pool_with(FAILING, timeout_s=0.5, on_error="mask") as pool:
         yield pool
 
 
@@ -249,6 +249,23 @@ def test_a_file_may_say_what_exhausting_the_time_is_worth(reward_file):
     function = reward_file("while True: pass", before="OUT_OF_BUDGET = -2.0")
     with pool_with(function, timeout_s=0.2) as pool:
         assert pool.score([("x", problem())]) == [(-2.0, TIMEOUT)]
+
+
+def test_waiting_for_longer_than_the_limit_of_cpu_time_is_no_failure(reward_file):
+    body = "began = time.monotonic()\ntime.sleep(1.2)\nreturn time.monotonic() - began"
+    with pool_with(reward_file(body, before="import time"), timeout_s=0.4) as pool:
+        (score,) = pool.score([("x", problem())])
+    assert score.value >= 1.2
+
+
+def test_the_threads_of_a_function_add_up(reward_file):
+    before = (
+        "import hashlib, threading\ndata = bytes(1 << 20)\ndef spin():\n    while True: hashlib.sha256(data)"
+    )
+    body = "threads = [threading.Thread(target=spin) for _ in range(3)]\nfor t in threads: t.start()\nspin()"
+    with pool_with(reward_file(body, before=before), timeout_s=0.5, on_error="mask") as pool:
+        (score,) = pool.score([("x", problem())])
+    assert score.value is None and "of CPU time" in score.reason
 
 
 SIGNATURES = [

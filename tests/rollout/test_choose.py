@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from kitae.config import ModelSettings, SeamSettings
+from kitae.config import ModelSettings, SamplingSettings, SeamSettings
 from kitae.errors import ConfigError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_model
-from kitae.rollout import choose
+from kitae.rollout import choose, shapes
 from kitae.rollout.build import BuildError
-from kitae.rollout.choose import open_engine
+from kitae.rollout.choose import LocalEngine, open_engine
+from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
+from kitae.types import Problem
 
 MANY = 1e9
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -109,6 +111,56 @@ def test_without_a_compiler_auto_is_generic(
     assert "not the native engine: its kernels could not be compiled: there is no C++ compiler" in caplog.text
     with pytest.raises(ConfigError, match="could not be compiled: there is no"):
         name_of(policy, "native")
+
+
+def engine_of(policy: Policy, **how: Any) -> LocalEngine:
+    return open_engine(
+        policy,
+        **{"wanted": "auto", "setting": "rollout.engine", "expected_tokens": 1.0, "max_rows": 4} | how,
+        stop_ids=[2],
+        decode=str,
+    ).engine
+
+
+def test_int8_insists_on_the_native_engine_and_says_why_it_cannot_have_it(
+    tiny: Callable[..., Path],
+    kernels: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    policy = policy_of(tiny("qwen3"))
+    monkeypatch.setattr(choose, "is_fast_here", lambda: False)
+    with caplog.at_level(logging.INFO, logger="kitae.rollout"):
+        assert isinstance(engine_of(policy, quantization="int8"), NativeEngine)
+    assert "(qwen3 in float32, linear weights in int8)" in caplog.text
+    assert "this CPU has no avx512_vnni; sampling in int8 saves memory there, and no time" in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"rollout.quantization is int8 and rollout.engine generic, but only"
+    ):
+        engine_of(policy, quantization="int8", wanted="generic")
+    other = policy_of(tiny("qwen3"), seams=SeamSettings(attention=False))
+    said = "rollout.quantization is int8, which needs the native engine, and that cannot .*: model.seams.attention is off"
+    with pytest.raises(ConfigError, match=said):
+        engine_of(other, quantization="int8")
+    monkeypatch.setattr(shapes, "MOST_INPUTS", 100)
+    with pytest.raises(
+        ConfigError, match="one of its layers has 128 inputs, and integer sums hold no more than 100"
+    ):
+        engine_of(policy, quantization="int8")
+
+
+def test_a_budget_of_keys_and_values_is_the_native_engines(
+    tiny: Callable[..., Path], kernels: ctypes.CDLL, caplog: pytest.LogCaptureFixture
+):
+    policy = policy_of(tiny("qwen3"))
+    assert isinstance(engine_of(policy, kv_cache_tokens=64), GenericEngine)
+    assert (
+        "rollouts: rollout.kv_cache_tokens has no effect: the generic engine keeps a place as long"
+        in caplog.text
+    )
+    session = engine_of(policy, kv_cache_tokens=64, wanted="native").open_session()
+    with pytest.raises(ConfigError, match=r"rollout\.kv_cache_tokens is 64"):
+        session.add(Problem(prompt="", token_ids=[5] * 40), limits=[26], sampling=SamplingSettings())
 
 
 def test_a_larger_model_pays_sooner(tiny: Callable[..., Path]):

@@ -67,6 +67,18 @@ def test_prompts_wait_for_one_another_until_an_eighth_of_the_rows_is_free():
     assert entered == [0, 0, 0, 4, 0, 0, 0, 4]
 
 
+def test_prompts_that_somebody_waits_for_enter_at_once_and_few_at_a_time():
+    scheduler = scheduler_of(groups_of([1] * 100, prompt_length=40), max_rows=32, max_prefill_tokens=400)
+    assert [len(scheduler.admit(at_once=True)) for _ in range(3)] == [2, 2, 2]
+    while scheduler.admit(at_once=True):
+        pass
+    assert len(scheduler.running) == 32
+    scheduler.running[5].finish_reason = "stop"
+    scheduler.retire()
+    assert scheduler.admit() == []
+    assert len(scheduler.admit(at_once=True)) == 1
+
+
 def test_prompts_admitted_together_stay_below_the_prefill_limit_but_a_long_one_enters_alone():
     scheduler = scheduler_of(groups_of([1] * 5, prompt_length=40), max_rows=8, max_prefill_tokens=100)
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]

@@ -34,6 +34,9 @@ def test_the_pieces_are_the_text_before_the_first_stop_string(text: str, stop: l
     pieces, num_read = pieces_of(text, stop=stop)
     read = text.encode()[:num_read].decode()
     assert "".join(pieces) == cut_at_stop(read, stop)
+    ended_by = [s for s in stop if read.endswith(s)]
+    assert cut_at_stop(read, stop, keep=True) == read
+    assert not ended_by or cut_at_stop(read + "x", stop, keep=True) == read
     first_complete = min((text.find(s) + len(s) for s in stop if s in text), default=len(text))
     assert read == text[:first_complete]
 

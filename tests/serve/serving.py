@@ -29,6 +29,7 @@ class Running:
         grace_s=1,
         reasoning_format="inline",
         engine="generic",
+        use=None,
         **limits,
     ):
         from kitae.cli._open import UseSettings, open_model
@@ -40,8 +41,8 @@ class Running:
         from kitae.serve.engine import EngineThread
         from kitae.serve.lanes import make_lanes
 
-        self.use = UseSettings(model=str(model), engine=engine, batch_size=8, dtype="float32")
-        self.opened = opened = open_model(self.use)
+        self.use = UseSettings(model=str(model), engine=engine, batch_size=8, dtype="float32", **use or {})
+        self.opened = opened = open_model(self.use, must_chat=False)
         how = {"stop_ids": opened.template.stop_ids, "decode": opened.template.decode, "max_rows": 8}
         lanes = make_lanes(
             opened.policy,

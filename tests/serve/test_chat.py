@@ -42,7 +42,7 @@ def test_an_answer_is_the_server_s_and_a_seed_repeats_it(running, chat):
 
 def test_it_remembers_resets_saves_and_folds(running, chat, tmp_path):
     file = tmp_path / "rows.jsonl"
-    words = ("--max_new_tokens", 5, "--system", "Be brief.")
+    words = ("--max_new_tokens", 5, "--system", "Be brief.", "--seed", 0)
     code, out, err = chat(
         running.url, *words, lines=["1", "2", f"/save {file}", "/reset", "1", f"/save {file}", "/think"]
     )
@@ -87,8 +87,17 @@ def test_thinking_that_comes_apart_is_shown_and_not_sent_back(endpoint, chat):
         {"role": "user", "content": "sure?"},
     ]
     assert sent["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
-    assert sent["top_k"] == 5 and "min_p" not in sent
+    assert sent["top_k"] == 5
+    assert sent.keys() == {"model", "messages", "stream", "top_k", "chat_template_kwargs"}, "the rest is the server's"
     assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_settings_that_are_given_are_sent_under_the_api_s_names(endpoint, chat):
+    endpoint.reply = lambda number, body: sse(delta(content="4"), b"[DONE]")
+    words = ("--temperature", 0.6, "--top_p", 0.95, "--max_new_tokens", 9, "--stop", "x", "--seed", 5)
+    assert chat(endpoint.url, "m", *words)[0] == 0
+    sent = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 9, "stop": ["x"], "seed": 6}
+    assert sent.items() <= endpoint.bodies[0].items()
 
 
 @pytest.mark.parametrize(

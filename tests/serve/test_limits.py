@@ -109,7 +109,7 @@ def test_no_value_of_any_field_brings_the_server_down(running, client):
             "frequency_penalty",
             "not offered by this server; use repetition_penalty",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not offered by this server"),
+        ({"presence_penalty": 1}, "presence_penalty", "not offered by this server"),
         (
             {"messages": [{"role": "user", "content": [IMAGE]}]},
             "messages[0].content[0].type",
@@ -346,3 +346,19 @@ def test_metrics_count_requests_and_tokens(running, client):
     client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=7, temperature=0)
     assert (number(requests), number("kitae_completion_tokens_total")) == (before[0] + 1, before[1] + 7)
     assert number("kitae_completions_waiting") == 0
+
+
+def test_a_request_that_memory_has_no_room_for_is_refused_and_others_go_on(thinker, kernels):
+    server = Running(thinker, engine="native", use={"kv_cache_tokens": 64})
+    try:
+        assert server.engine.most_tokens == 64
+        status, error = server.refused(TEXT, {"prompt": [5] * 40, "max_tokens": 26})
+        assert status == 400
+        assert "keys and values of 64 tokens fit: kv_cache_tokens is 64; raise that" in error["message"]
+        body = {"prompt": [[5] * 20, [6] * 30, [7] * 39], "max_tokens": 25, "temperature": 0, "n": 2}
+        status, _, content = server.ask("POST", TEXT, body)
+        assert status == 200
+        assert len(json.loads(content)["choices"]) == 6
+        assert server.engine.num_open == 0
+    finally:
+        server.close()

@@ -342,3 +342,42 @@ def test_a_flag_of_another_program_warns_once_where_ours_is_refused():
         ConfigError, match=r"lora.alpha \(--lora.alpha\) would have no effect: lora.rank is 0"
     ):
         settings("sft", "--model_name_or_path m --dataset_name d --lora.alpha 8")
+
+
+STOPS = [
+    ("grpo", ["--stop", "</answer>", "END"], ["</answer>", "END"]),
+    ("grpo", ["--stop_strings", "</answer>"], ["</answer>"]),
+    ("ppo", ["--stop_words", "a,b"], ["a,b"]),
+    (
+        "grpo",
+        ["--generation_kwargs", '{"stop": "</answer>", "top_p": 0.9, "temperature": 0.7}'],
+        ["</answer>"],
+    ),
+    ("grpo", {"generation_kwargs": {"stop_strings": ["x", "y"]}}, ["x", "y"]),
+    ("distill", ["--teacher_model", "T", "--rollout.stop", "x"], ["x"]),
+]
+
+
+@pytest.mark.parametrize(("recipe", "given", "stop"), STOPS)
+def test_stop_strings_are_given_under_any_of_their_names(recipe, given, stop):
+    needed = ["--model_name_or_path", "M", "--dataset_name", "D"]
+    if isinstance(given, dict):
+        given |= {"model_name_or_path": "M", "dataset_name": "D"}
+    cfg, _ = resolve(recipe, given if isinstance(given, dict) else [*needed, *given], world_size=1)
+    assert cfg.rollout.stop == stop
+    if "top_p" in str(given):
+        assert (cfg.rollout.top_p, cfg.rollout.initial_temperature) == (0.9, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ('{"num_beams": 4}', "'num_beams'; it takes temperature, top_p"),
+        ("stop", "it takes a JSON object"),
+        ("{stop", "which is not JSON"),
+        ('{"stop": ""}', "an empty string is in every text"),
+    ],
+)
+def test_generation_kwargs_that_rollouts_do_not_have_are_refused(value, error):
+    with pytest.raises(ConfigError, match=error):
+        settings("grpo", f"--model_name_or_path M --dataset_name D --generation_kwargs {shlex.quote(value)}")

@@ -27,6 +27,9 @@ BASE = {"model.name_or_path": "m", "data.train": "some/hub-name"}
             "the next one is sampled already",
         ),
         ({"rollout.rounds_ahead": 2}, "rollout.rounds_ahead"),
+        ({"rollout.quantization": "int8"}, "need a correction; set grpo.is_cap too, such as 2"),
+        ({"rollout.engine": "generic", "rollout.kv_cache_tokens": 4096}, "which keeps rows, not tokens"),
+        ({"rollout.kv_cache_tokens": 15}, "rollout.kv_cache_tokens"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given, said):
@@ -43,3 +46,10 @@ def test_the_variants_together_are_accepted():
     cfg, notes = resolve("grpo", BASE | given)
     assert notes.warnings == []
     assert cfg.grpo.ref_refresh_rounds == 2
+
+
+def test_int8_sampling_needs_a_recipe_that_corrects_for_it():
+    cfg, _ = resolve("grpo", BASE | {"rollout.quantization": "int8", "grpo.is_cap": 2})
+    assert cfg.rollout.quantization == "int8"
+    with pytest.raises(ConfigError, match="ppo takes the sampler's log-probs for the policy's own"):
+        resolve("ppo", BASE | {"rollout.quantization": "int8"})

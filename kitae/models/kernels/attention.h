@@ -1,18 +1,21 @@
-// Causal attention of packed rows, forward and backward, blockwise as in arXiv:2205.14135 (FlashAttention), in float32.
+// Causal attention of packed rows, forward and backward, in blocks of queries and keys as in arXiv:2205.14135 and
+// arXiv:2307.08691 (FlashAttention). Products of bfloat16 numbers are added up in float32; the softmax is computed in
+// float32, and its weights (in the backward, their gradients too) are rounded before the next product.
 //
 // A segment's tokens see the segment's prefix (a shared prompt) and the segment up to themselves. q is
-// [tokens][heads][size], k [tokens][kv_heads][size], v [tokens][kv_heads][value_size], all without gaps. One thread takes
-// one segment and key-value head at a time in the forward; in the backward all segments that share a prompt, in order, so
-// that nobody else adds to the same keys: the bits do not depend on the threads.
+// [tokens][heads][size], k [tokens][kv_heads][size], v [tokens][kv_heads][value_size], with gaps or without; what is
+// written has none. One thread takes one segment and key-value head at a time in the forward; in the backward all segments
+// that share a prompt, in order, so that nobody else adds to the same keys: the bits do not depend on the threads.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "multiply.h"
 
 namespace kitae {
 
-constexpr int64_t QUERIES = 32;  // rows of queries computed together
+constexpr int64_t QUERIES = 24, KEYS = 256;  // a block; what is kept of it fits into a core's cache
+static_assert(KEYS % PANEL_ROWS == 0);
 
 struct Segment {
     int64_t start, length, prefix_start, prefix_length;
@@ -26,160 +29,133 @@ struct Heads {
     float scaling;
 };
 
-inline int64_t whole_lanes(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+template <class T> struct View {
+    const T* data;
+    int64_t token, head;  // how far apart neighbours are
 
-using Scratch = std::vector<float>;
+    const T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
 
-// One head's rows of the keys' tokens, [keys][whole_lanes(size)], and transposed, [size][whole_lanes(keys)].
+template <class T> struct Inputs {
+    View<T> q, k, v;
+    Heads heads;
+};
+
+// x, and 0 from lane `count` on.
+inline f32x16 lanes_below(f32x16 x, int64_t count) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lanes < int32_t(count) ? x : f32x16{};
+}
+
+// Scores of `count` queries with `keys` keys, which lie in panels; row r is only computed as far as its tile sees: its own
+// query sees `visible` + r of the keys.
+template <class C>
+void visible_scores(
+    const C* queries, const C* panels, int64_t depth, int64_t count, int64_t keys, int64_t visible, float* scores) {
+    for (int64_t from = 0; from < keys; from += PANEL_ROWS)
+        for (int64_t r = 0; r < count; r += TILE_ROWS) {
+            const int64_t rows = std::min<int64_t>(TILE_ROWS, count - r);
+            const int64_t seen = std::min({visible + r + rows - 1, keys, from + PANEL_ROWS}) - from;
+            if (seen > 0)
+                multiply(
+                    {queries + r * depth, depth, 1}, panels + from * depth, PANEL_ROWS, rows, depth, whole_lanes(seen),
+                    scores + r * KEYS + from, KEYS);
+        }
+}
+
+// sums[r] += weights[r] b over the keys that row r's tile sees.
 template <class T>
-void gather(const T* from, int64_t heads, int64_t head, int64_t size, const Segment& segment, Scratch* rows, Scratch* columns) {
-    const int64_t keys = segment.keys(), row_size = whole_lanes(size), column_size = whole_lanes(keys);
-    if (rows) rows->assign(size_t(keys * row_size), 0.0f);
-    if (columns) columns->assign(size_t(size * column_size), 0.0f);
-    for (int64_t key = 0; key < keys; key++) {
-        const T* own = from + (segment.token_of_key(key) * heads + head) * size;
-        for (int64_t d = 0; rows && d < size; d++) (*rows)[size_t(key * row_size + d)] = value(own[d]);
-        for (int64_t d = 0; columns && d < size; d++) (*columns)[size_t(d * column_size + key)] = value(own[d]);
+void add_visible(
+    const Cell<T>* weights, const Cell<T>* b, int64_t columns, int64_t count, int64_t keys, int64_t visible, float* sums) {
+    constexpr int64_t row = KEYS / PER_CELL<T>;
+    for (int64_t r = 0; r < count; r += TILE_ROWS) {
+        const int64_t rows = std::min<int64_t>(TILE_ROWS, count - r), seen = std::min(visible + r + rows - 1, keys);
+        if (seen > 0)
+            multiply(
+                {weights + r * row, row, 1}, b, columns, rows, cells<T>(seen), columns, sums + r * columns, columns, true);
     }
 }
 
-// `count` queries' rows of one head, [count][whole_lanes(size)], times `factor`.
-template <class T>
-void gather_queries(const T* from, int64_t heads, int64_t head, int64_t size, int64_t first, int64_t count, float factor, float* to) {
-    const int64_t row_size = whole_lanes(size);
-    for (int64_t r = 0; r < count; r++) {
-        const T* own = from + ((first + r) * heads + head) * size;
-        for (int64_t d = 0; d < size; d++) to[r * row_size + d] = value(own[d]) * factor;
-        for (int64_t d = size; d < row_size; d++) to[r * row_size + d] = 0.0f;
-    }
-}
-
-// scores[0 ... visible] become exp(score - shift), those up to `end` 0; returns their sum.
-inline float exponentials(float* scores, int64_t visible, int64_t end, float shift) {
-    f32x16 sums{};
-    int64_t j = 0;
-    for (; j + LANES <= visible; j += LANES) {
-        const f32x16 e = exp_of(load(scores + j) - shift);
-        sums += e;
-        store(scores + j, e);
-    }
-    float tail[LANES] = {};
-    for (int64_t i = j; i < visible; i++) tail[i - j] = scores[i] - shift;
-    const f32x16 e = exp_of(load(tail));
-    store(tail, e);
-    float sum = sum_of(sums);
-    for (int64_t i = j; i < visible; i++) sum += scores[i] = tail[i - j];
-    for (int64_t i = visible; i < end; i++) scores[i] = 0.0f;
-    return sum;
-}
-
-inline float largest(const float* scores, int64_t count) {
+inline float largest(const float* scores, int64_t visible, float scaling) {
     float most = -INFINITY;
     int64_t j = 0;
-    if (count >= LANES) {
-        f32x16 found = load(scores);
-        for (j = LANES; j + LANES <= count; j += LANES) found = larger(found, load(scores + j));
+    if (visible >= LANES) {
+        f32x16 found = load(scores) * scaling;
+        for (j = LANES; j + LANES <= visible; j += LANES) found = larger(found, load(scores + j) * scaling);
         most = largest_of(found);
     }
-    for (; j < count; j++) most = scores[j] > most ? scores[j] : most;
+    for (; j < visible; j++) most = std::max(most, scores[j] * scaling);
     return most;
 }
 
+// weights = e^(scaling score - shift) of the visible scores, 0 up to `end`; returns their sum.
 template <class T>
-void attend_segment(const T* q, const T* k, const T* v, const Heads& heads, const Segment& segment, int64_t kv, T* out, float* lse) {
-    Scratch keys, values;
-    gather<T>(k, heads.keys, kv, heads.size, segment, nullptr, &keys);
-    gather<T>(v, heads.keys, kv, heads.value_size, segment, &values, nullptr);
-    const int64_t key_row = whole_lanes(segment.keys()), value_row = whole_lanes(heads.value_size);
-    const int64_t query_row = whole_lanes(heads.size), shared = heads.queries / heads.keys;
-    Scratch queries(size_t(QUERIES * query_row)), scores(size_t(QUERIES * key_row)), sums(size_t(QUERIES * value_row));
-    for (int64_t head = kv * shared; head < (kv + 1) * shared; head++) {
-        for (int64_t first = 0; first < segment.length; first += QUERIES) {
-            const int64_t count = segment.length - first < QUERIES ? segment.length - first : QUERIES;
-            const int64_t seen = segment.prefix_length + first + count, end = whole_lanes(seen);
-            gather_queries(q, heads.queries, head, heads.size, segment.start + first, count, heads.scaling, queries.data());
-            multiply({queries.data(), query_row, 1}, keys.data(), key_row, count, heads.size, end, scores.data(), key_row);
-            float weight[QUERIES];
-            for (int64_t r = 0; r < count; r++) {
-                float* own = scores.data() + r * key_row;
-                const int64_t visible = segment.prefix_length + first + r + 1;
-                const float most = largest(own, visible), sum = exponentials(own, visible, end, most);
-                weight[r] = 1.0f / sum;
-                lse[(segment.start + first + r) * heads.queries + head] = most + std::log(sum);
-            }
-            multiply({scores.data(), key_row, 1}, values.data(), value_row, count, seen, value_row, sums.data(), value_row);
-            for (int64_t r = 0; r < count; r++) {
-                T* to = out + ((segment.start + first + r) * heads.queries + head) * heads.value_size;
-                for (int64_t d = 0; d < heads.value_size; d++) narrow(to + d, sums[size_t(r * value_row + d)] * weight[r]);
-            }
-        }
+float exponentials(const float* scores, int64_t visible, int64_t end, float scaling, float shift, T* weights) {
+    f32x16 sum{};
+    for (int64_t j = 0; j < end; j += LANES) {
+        f32x16 e{};
+        if (j < visible) e = lanes_below(exp_of(load(scores + j) * scaling - shift), visible - j);
+        store_row(weights + j, e);
+        sum += e;
     }
+    return sum_of(sum);
 }
 
 template <class T>
-void attend(
-    const T* q, const T* k, const T* v, const Heads& heads, const Segment* segments, int64_t num_segments, T* out, float* lse) {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < num_segments * heads.keys; item++)
-        attend_segment(q, k, v, heads, segments[item / heads.keys], item % heads.keys, out, lse);
-}
-
-// Adds a segment's share to dk and dv, which are float32, and writes dq.
-template <class T>
-void attend_segment_backward(
-    const T* q, const T* k, const T* v, const T* out, const float* lse, const T* dout, const Heads& heads,
-    const Segment& segment, int64_t kv, T* dq, float* dk, float* dv) {
-    Scratch key_rows, keys, values;
-    gather(k, heads.keys, kv, heads.size, segment, &key_rows, &keys);
-    gather<T>(v, heads.keys, kv, heads.value_size, segment, nullptr, &values);
-    const int64_t num_keys = segment.keys(), key_row = whole_lanes(num_keys), value_row = whole_lanes(heads.value_size);
-    const int64_t query_row = whole_lanes(heads.size), shared = heads.queries / heads.keys;
-    Scratch queries(size_t(QUERIES * query_row)), dqueries(size_t(QUERIES * query_row)), douts(size_t(QUERIES * value_row));
-    Scratch scores(size_t(QUERIES * key_row)), dscores(size_t(QUERIES * key_row));
-    Scratch dkeys(size_t(num_keys * query_row), 0.0f), dvalues(size_t(num_keys * value_row), 0.0f);
+void attend_segment(const Inputs<T>& in, const Segment& segment, int64_t kv, T* out, float* lse) {
+    const Heads& heads = in.heads;
+    const int64_t num_keys = segment.keys(), depth = cells<T>(heads.size), value_row = whole_lanes(heads.value_size);
+    const auto keys = buffer<Cell<T>>(whole_panels(num_keys) * depth), values = buffer<Cell<T>>(cells<T>(num_keys) * value_row);
+    pack_panels<T>([&](int64_t i) { return in.k.at(segment.token_of_key(i), kv); }, num_keys, heads.size, keys.get());
+    pack_pairs<T>([&](int64_t i) { return in.v.at(segment.token_of_key(i), kv); }, num_keys, heads.value_size, values.get());
+    const auto queries = buffer<Cell<T>>(QUERIES * depth), weights = buffer<Cell<T>>(QUERIES * KEYS / PER_CELL<T>);
+    const auto scores = buffer<float>(QUERIES * KEYS), sums = buffer<float>(QUERIES * value_row);
+    const int64_t shared = heads.queries / heads.keys;
     for (int64_t head = kv * shared; head < (kv + 1) * shared; head++) {
         for (int64_t first = 0; first < segment.length; first += QUERIES) {
-            const int64_t count = segment.length - first < QUERIES ? segment.length - first : QUERIES;
-            const int64_t seen = segment.prefix_length + first + count, end = whole_lanes(seen), token = segment.start + first;
-            gather_queries(q, heads.queries, head, heads.size, token, count, heads.scaling, queries.data());
-            gather_queries(dout, heads.queries, head, heads.value_size, token, count, 1.0f, douts.data());
-            multiply({queries.data(), query_row, 1}, keys.data(), key_row, count, heads.size, end, scores.data(), key_row);
-            multiply({douts.data(), value_row, 1}, values.data(), key_row, count, heads.value_size, end, dscores.data(), key_row);
+            const int64_t count = std::min(QUERIES, segment.length - first), token = segment.start + first;
+            pack_rows<T>([&](int64_t r) { return in.q.at(token + r, head); }, count, heads.size, queries.get());
+            float most[QUERIES], total[QUERIES] = {};
+            std::fill(most, most + count, -INFINITY);
+            std::fill(sums.get(), sums.get() + count * value_row, 0.0f);
+            for (int64_t key = 0; key < segment.prefix_length + first + count; key += KEYS) {
+                const int64_t visible = segment.prefix_length + first + 1 - key;  // of row 0
+                const int64_t here = std::min(KEYS, visible + count - 1), end = whole_lanes(here);
+                visible_scores(queries.get(), keys.get() + key * depth, depth, count, here, visible, scores.get());
+                for (int64_t r = 0; r < count; r++) {
+                    const float* own = scores.get() + r * KEYS;
+                    const int64_t sees = std::min(visible + r, here);
+                    const float before = most[r];
+                    most[r] = std::max(before, largest(own, sees, heads.scaling));
+                    T* to = reinterpret_cast<T*>(weights.get()) + r * KEYS;
+                    const float sum = exponentials(own, sees, end, heads.scaling, most[r], to);
+                    const float factor = std::exp(before - most[r]);
+                    total[r] = total[r] * factor + sum;
+                    for (int64_t d = 0; key && d < value_row; d += LANES) {
+                        float* at = sums.get() + r * value_row + d;
+                        store(at, load(at) * factor);
+                    }
+                }
+                const Cell<T>* b = values.get() + key / PER_CELL<T> * value_row;
+                add_visible<T>(weights.get(), b, value_row, count, here, visible, sums.get());
+            }
             for (int64_t r = 0; r < count; r++) {
-                float *p = scores.data() + r * key_row, *dp = dscores.data() + r * key_row, delta = 0.0f;
                 const int64_t number = (token + r) * heads.queries + head;
-                exponentials(p, segment.prefix_length + first + r + 1, end, lse[number]);
-                for (int64_t d = 0; d < heads.value_size; d++)
-                    delta += douts[size_t(r * value_row + d)] * value(out[number * heads.value_size + d]);
-                for (int64_t j = 0; j < end; j += LANES) store(dp + j, load(p + j) * (load(dp + j) - delta));
-            }
-            multiply({scores.data(), 1, key_row}, douts.data(), value_row, seen, count, value_row, dvalues.data(), value_row, true);
-            multiply({dscores.data(), 1, key_row}, queries.data(), query_row, seen, count, query_row, dkeys.data(), query_row, true);
-            multiply({dscores.data(), key_row, 1}, key_rows.data(), query_row, count, seen, query_row, dqueries.data(), query_row);
-            for (int64_t r = 0; r < count; r++) {
-                T* to = dq + ((token + r) * heads.queries + head) * heads.size;
-                for (int64_t d = 0; d < heads.size; d++) narrow(to + d, dqueries[size_t(r * query_row + d)] * heads.scaling);
+                lse[number] = most[r] + std::log(total[r]);
+                for (int64_t d = 0; d < heads.value_size; d += LANES)
+                    store_some(
+                        out + number * heads.value_size + d, load(sums.get() + r * value_row + d) * (1.0f / total[r]),
+                        heads.value_size - d);
             }
         }
     }
-    for (int64_t key = 0; key < num_keys; key++) {
-        const int64_t number = segment.token_of_key(key) * heads.keys + kv;
-        for (int64_t d = 0; d < heads.size; d++) dk[number * heads.size + d] += dkeys[size_t(key * query_row + d)];
-        for (int64_t d = 0; d < heads.value_size; d++) dv[number * heads.value_size + d] += dvalues[size_t(key * value_row + d)];
-    }
 }
 
-// Group g is the segments groups[g] ... groups[g + 1]: a prompt and what continues it. dk and dv come as zeros.
 template <class T>
-void attend_backward(
-    const T* q, const T* k, const T* v, const T* out, const float* lse, const T* dout, const Heads& heads,
-    const Segment* segments, const int64_t* groups, int64_t num_groups, T* dq, float* dk, float* dv) {
+void attend(const Inputs<T>& in, const Segment* segments, int64_t num_segments, T* out, float* lse) {
 #pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < num_groups * heads.keys; item++) {
-        const int64_t group = item / heads.keys;
-        for (int64_t s = groups[group]; s < groups[group + 1]; s++)
-            attend_segment_backward(q, k, v, out, lse, dout, heads, segments[s], item % heads.keys, dq, dk, dv);
-    }
+    for (int64_t item = 0; item < num_segments * in.heads.keys; item++)
+        attend_segment(in, segments[item / in.heads.keys], item % in.heads.keys, out, lse);
 }
 
 }  // namespace kitae

@@ -1,7 +1,8 @@
-// C (+)= A B in float32 with tiles in registers: A [m][k] of any strides, B [k][n] and C [m][n] in rows, 16 divides n.
+// C (+)= A B in float32 with tiles in registers: A [m][k] of any strides, B [k][n] and C [m][n] in rows, 16 divides n. A and
+// B are of cells (cells.h), so k counts pairs where the numbers are bfloat16.
 #pragma once
 
-#include "numbers.h"
+#include "cells.h"
 
 namespace kitae {
 
@@ -11,23 +12,23 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 constexpr int TILE_ROWS = 3, TILE_VECTORS = 2;
 #endif
 
-struct Strided {
-    const float* data;
+template <class C> struct Strided {
+    const C* data;
     int64_t row, column;  // how far apart neighbours are
 };
 
-template <int ROWS, int VECTORS>
-void multiply_tile(Strided a, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool adds) {
+template <int ROWS, int VECTORS, class C>
+void multiply_tile(Strided<C> a, const C* b, int64_t b_row, int64_t depth, float* c, int64_t c_row, bool adds) {
     f32x16 sums[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < depth; k++) {
-        f32x16 columns[VECTORS];
+        decltype(load_cells(b)) columns[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) columns[v] = load(b + k * b_row + v * LANES);
+        for (int v = 0; v < VECTORS; v++) columns[v] = load_cells(b + k * b_row + v * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; r++) {
-            const f32x16 factor = splat(a.data[r * a.row + k * a.column]);
+            const C factor = a.data[r * a.row + k * a.column];
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[r][v] += factor * columns[v];
+            for (int v = 0; v < VECTORS; v++) sums[r][v] = add_product(sums[r][v], factor, columns[v]);
         }
     }
 #pragma GCC unroll 6
@@ -39,21 +40,22 @@ void multiply_tile(Strided a, const float* b, int64_t b_row, int64_t depth, floa
         }
 }
 
-template <int VECTORS, int ROWS = TILE_ROWS>
-void multiply_rows(Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, float* c, int64_t c_row, bool adds) {
+template <int VECTORS, int ROWS = TILE_ROWS, class C>
+void multiply_rows(Strided<C> a, const C* b, int64_t b_row, int64_t rows, int64_t depth, float* c, int64_t c_row, bool adds) {
     for (; rows >= ROWS; rows -= ROWS, a.data += ROWS * a.row, c += ROWS * c_row)
         multiply_tile<ROWS, VECTORS>(a, b, b_row, depth, c, c_row, adds);
     if constexpr (ROWS > 1)
         if (rows) multiply_rows<VECTORS, ROWS - 1>(a, b, b_row, rows, depth, c, c_row, adds);
 }
 
-inline void multiply(
-    Strided a, const float* b, int64_t b_row, int64_t rows, int64_t depth, int64_t columns, float* c, int64_t c_row,
+template <int VECTORS = TILE_VECTORS, class C>
+void multiply(
+    Strided<C> a, const C* b, int64_t b_row, int64_t rows, int64_t depth, int64_t columns, float* c, int64_t c_row,
     bool adds = false) {
-    int64_t from = 0;
-    for (; columns - from >= TILE_VECTORS * LANES; from += TILE_VECTORS * LANES)
-        multiply_rows<TILE_VECTORS>(a, b + from, b_row, rows, depth, c + from, c_row, adds);
-    for (; from < columns; from += LANES) multiply_rows<1>(a, b + from, b_row, rows, depth, c + from, c_row, adds);
+    for (; columns >= VECTORS * LANES; columns -= VECTORS * LANES, b += VECTORS * LANES, c += VECTORS * LANES)
+        multiply_rows<VECTORS>(a, b, b_row, rows, depth, c, c_row, adds);
+    if constexpr (VECTORS > 1)
+        if (columns) multiply<VECTORS - 1>(a, b, b_row, rows, depth, columns, c, c_row, adds);
 }
 
 }  // namespace kitae

@@ -1,6 +1,8 @@
 // What kitae/models/native.py calls, for float (kind 0) and bfloat16 (kind 1) tensors without gaps.
-#include "attention.h"
+#include "attention_backward.h"
+#include "experts.h"
 #include "gate.h"
+#include "grouped.h"
 #include "norm.h"
 #include "rotary.h"
 #include "softmax.h"
@@ -17,6 +19,19 @@ using kitae::bf16;
     }
 #define IN(name) static_cast<const T*>(name)
 #define OUT(name) static_cast<T*>(name)
+
+// Shapes of attention, and how far apart tokens and heads of q, k, v and the output's gradient are.
+struct Attended {
+    kitae::Heads heads;
+    int64_t strides[4][2];
+
+    template <class T> kitae::View<T> view(const void* data, int which) const {
+        return {static_cast<const T*>(data), strides[which][0], strides[which][1]};
+    }
+    template <class T> kitae::Inputs<T> inputs(const void* q, const void* k, const void* v) const {
+        return {view<T>(q, 0), view<T>(k, 1), view<T>(v, 2), heads};
+    }
+};
 
 extern "C" {
 
@@ -57,6 +72,36 @@ void kitae_swiglu_backward(
 
 void kitae_add(int kind, const void* x, int64_t size, float* sum) { KITAE_FOR(kind, kitae::add(IN(x), size, sum)) }
 
+void kitae_grouped_product(
+    int kind, const void* x, const int64_t* index, const int64_t* sizes, int64_t groups, const void* weights, int is_along,
+    int64_t depth, int64_t columns, int adds, void* y) {
+    KITAE_FOR(
+        kind, kitae::grouped_product(
+                  IN(x), index, sizes, groups, IN(weights), is_along != 0, depth, columns, adds != 0, OUT(y)))
+}
+
+void kitae_grouped_outer(
+    int kind, const void* y, const int64_t* y_index, const void* x, const int64_t* x_index, const int64_t* sizes,
+    int64_t groups, int64_t rows, int64_t columns, float* sums) {
+    KITAE_FOR(kind, kitae::grouped_outer(IN(y), y_index, IN(x), x_index, sizes, groups, rows, columns, sums))
+}
+
+void kitae_gated(int kind, const void* h, int64_t slots, int64_t size, void* a) {
+    KITAE_FOR(kind, kitae::gated(IN(h), slots, size, OUT(a)))
+}
+
+void kitae_gated_backward(
+    int kind, const void* h, const void* da, const float* weights, int64_t slots, int64_t size, void* dh, void* weighted,
+    float* dweights) {
+    KITAE_FOR(kind, kitae::gated_backward(IN(h), IN(da), weights, slots, size, OUT(dh), OUT(weighted), dweights))
+}
+
+void kitae_sum_slots(
+    int kind, const void* x, const int64_t* slots, const float* weights, int64_t tokens, int64_t each, int64_t size,
+    void* out) {
+    KITAE_FOR(kind, kitae::sum_slots(IN(x), slots, weights, tokens, each, size, OUT(out)))
+}
+
 void kitae_target_logprobs(
     int kind, void* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, float temperature, const float* scales,
     float* logprobs, float* lse, float* entropies) {
@@ -66,17 +111,18 @@ void kitae_target_logprobs(
 }
 
 void kitae_attend(
-    int kind, const void* q, const void* k, const void* v, const kitae::Heads* heads, const kitae::Segment* segments,
+    int kind, const void* q, const void* k, const void* v, const Attended* shapes, const kitae::Segment* segments,
     int64_t num_segments, void* out, float* lse) {
-    KITAE_FOR(kind, kitae::attend(IN(q), IN(k), IN(v), *heads, segments, num_segments, OUT(out), lse))
+    KITAE_FOR(kind, kitae::attend(shapes->inputs<T>(q, k, v), segments, num_segments, OUT(out), lse))
 }
 
 void kitae_attend_backward(
     int kind, const void* q, const void* k, const void* v, const void* out, const float* lse, const void* dout,
-    const kitae::Heads* heads, const kitae::Segment* segments, const int64_t* groups, int64_t num_groups, void* dq, float* dk,
-    float* dv) {
+    const Attended* shapes, const kitae::Segment* segments, const int64_t* groups, int64_t num_groups, void* dq, void* dk,
+    void* dv) {
     KITAE_FOR(
         kind, kitae::attend_backward(
-                  IN(q), IN(k), IN(v), IN(out), lse, IN(dout), *heads, segments, groups, num_groups, OUT(dq), dk, dv))
+                  shapes->inputs<T>(q, k, v), {IN(out), lse, shapes->view<T>(dout, 3)}, segments, groups, num_groups, OUT(dq),
+                  OUT(dk), OUT(dv)))
 }
 }

@@ -21,7 +21,7 @@
 namespace kitae {
 
 // Phases of one pass, at most: of each layer, of the head, and what decode() adds.
-inline int64_t phases_of(const Model& model) { return 20 * model.num_layers + 8; }
+inline int64_t phases_of(const Model& model) { return 28 * model.num_layers + 10; }
 
 template <class T> void embed(const Team& team, const Model& model, const Scratch& scratch, const Tokens& tokens) {
     team.share(tokens.count, [&](Range mine) {
@@ -49,7 +49,7 @@ void normalise_rows(const Team& team, const Model& model, const Scratch& scratch
 // x * matrix added to the residual stream.
 template <class T>
 void add_product(const Team& team, const Scratch& scratch, const void* x, int64_t stride, int64_t count, const Matrix& matrix) {
-    multiply(team, static_cast<const T*>(x), stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+    multiply(team, scratch, static_cast<const T*>(x), stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
         float* to = scratch.hidden + row * scratch.hidden_stride + block * BLOCK;
         for (int j = 0; j < BLOCK; j += LANES) store(to + j, load(to + j) + load(sums + j));
     });
@@ -59,7 +59,7 @@ void add_product(const Team& team, const Scratch& scratch, const void* x, int64_
 template <class T>
 void gate_up(const Team& team, const Scratch& scratch, int64_t count, const Matrix& matrix) {
     const T* x = static_cast<const T*>(scratch.normed);
-    multiply(team, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+    multiply(team, scratch, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
         store_gated(static_cast<T*>(scratch.activated) + row * scratch.activated_stride + block * BLOCK / 2, sums);
     });
 }
@@ -67,7 +67,7 @@ void gate_up(const Team& team, const Scratch& scratch, int64_t count, const Matr
 template <class T>
 void write_product(const Team& team, const Scratch& scratch, int64_t count, const Matrix& matrix, float* out, int64_t stride) {
     const T* x = static_cast<const T*>(scratch.normed);
-    multiply(team, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
+    multiply(team, scratch, x, scratch.hidden_stride, count, matrix, [&](int64_t row, int64_t block, const float* sums) {
         std::memcpy(out + row * stride + block * BLOCK, sums, BLOCK * sizeof(float));
     });
 }
@@ -94,7 +94,7 @@ void attend_with_latents(
     const auto keep = [&](int64_t row, int64_t block, const float* sums) {
         store_columns(queries + row * scratch.queries_stride, scratch.queries_stride, block, sums);
     };
-    multiply(team, static_cast<const T*>(x), stride, count, layer.latent.queries, keep);
+    multiply(team, scratch, static_cast<const T*>(x), stride, count, layer.latent.queries, keep);
     absorb_keys<T>(team, model, layer, scratch, tokens);
     attend_to_latents<T>(team, model, layer, scratch, tokens);
     raise_values<T>(team, model, layer, scratch, count);
@@ -128,6 +128,19 @@ template <class T> void run_head(const Team& team, const Model& model, const Scr
     write_product<T>(team, scratch, count, model.head, out, scratch.logits_stride);
 }
 
+// The next token of a row, from its logits; `at` is where the result goes.
+inline void sample(const Model& model, float* logits, const Sampling& sampling, int64_t row, int64_t at) {
+    const Truncation truncation{sampling.top_ks[row], sampling.top_ps[row], sampling.log_min_ps[row]};
+    const float temperature = sampling.temperatures[row];
+    uint8_t* kept = sampling.kept ? sampling.kept + at * sampling.kept_stride : nullptr;
+    const Choice choice =
+        temperature > 0 && truncation.is_on()
+            ? choose_among(logits, model.vocabulary, temperature, truncation, sampling.uniforms[at], kept)
+            : choose(logits, model.vocabulary, temperature, sampling.uniforms[at]);
+    sampling.ids[at] = choice.id;
+    sampling.logprobs[at] = choice.logprob;
+}
+
 inline bool is_stop(const Sampling& sampling, int64_t id) {
     for (int64_t i = 0; i < sampling.num_stop_ids; i++)
         if (sampling.stop_ids[i] == id) return true;
@@ -149,12 +162,8 @@ int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens,
             team.share(tokens.count, [&](Range mine) {
                 for (int64_t t = mine.begin; t < mine.end; t++) {
                     const int64_t at = step * tokens.count + t;
-                    const Choice choice = choose(
-                        scratch.logits + t * scratch.logits_stride, model.vocabulary, sampling.temperatures[t],
-                        sampling.uniforms[at]);
-                    sampling.ids[at] = choice.id;
-                    sampling.logprobs[at] = choice.logprob;
-                    tokens.ids[t] = choice.id;
+                    sample(model, scratch.logits + t * scratch.logits_stride, sampling, t, at);
+                    tokens.ids[t] = sampling.ids[at];
                     tokens.positions[t]++;
                 }
             });
@@ -191,13 +200,10 @@ void forward(
 }
 
 // Row i is sampled from row row_of[i] of the logits.
-void sample(const Model& model, const Scratch& scratch, const int32_t* row_of, int64_t count, const Sampling& sampling) {
-    for (int64_t i = 0; i < count; i++) {
-        float* logits = scratch.logits + row_of[i] * scratch.logits_stride;
-        const Choice choice = choose(logits, model.vocabulary, sampling.temperatures[i], sampling.uniforms[i]);
-        sampling.ids[i] = choice.id;
-        sampling.logprobs[i] = choice.logprob;
-    }
+void sample_rows(
+    const Model& model, const Scratch& scratch, const int32_t* row_of, int64_t count, const Sampling& sampling) {
+    for (int64_t i = 0; i < count; i++)
+        sample(model, scratch.logits + row_of[i] * scratch.logits_stride, sampling, i, i);
 }
 
 }  // namespace kitae
@@ -223,7 +229,7 @@ void kitae_forward(
 
 void kitae_sample(
     const Model* model, const Scratch* scratch, const int32_t* row_of, int64_t count, const Sampling* sampling) {
-    sample(*model, *scratch, row_of, count, *sampling);
+    sample_rows(*model, *scratch, row_of, count, *sampling);
 }
 
 }

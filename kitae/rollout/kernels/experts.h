@@ -129,23 +129,23 @@ void run_experts(const Team& team, const Model& model, const Layer& layer, const
         for (int64_t i = mine.begin * each; i < mine.end * each; i++)
             std::memcpy(rows + scratch.place[i] * stride, normed + i / each * stride, size_t(stride) * sizeof(T));
     });
-    const auto rows_of = [&](const T* x, int64_t width) {
-        return [=](int64_t e) {
-            const int64_t from = scratch.first_row[e];
-            return Rows<T>{x + from * width, scratch.first_row[e + 1] - from};
+    const auto multiply_sorted = [&](const Matrix& first, const T* x, int64_t width, auto use) {
+        const auto multiply_all = [&](auto all) {
+            const auto rows_of = [&](int64_t e) { return all.part(scratch.first_row[e], scratch.first_row[e + 1]); };
+            multiply_groups(team, first, routing.num_experts, rows_of, use);
         };
+        if (first.scales)
+            multiply_all(quantise(team, scratch, x, width, count * each, first.depth));
+        else
+            multiply_all(Rows<T>{x, width, count * each, nullptr});
     };
-    multiply_groups<T>(
-        team, experts.gate_up, routing.num_experts, stride, rows_of(rows, stride),
-        [&](int64_t e, int64_t row, int64_t block, const float* sums) {
-            store_gated(activated + (scratch.first_row[e] + row) * inner + block * BLOCK / 2, sums);
-        });
-    multiply_groups<T>(
-        team, experts.down, routing.num_experts, inner, rows_of(activated, inner),
-        [&](int64_t e, int64_t row, int64_t block, const float* sums) {
-            float* to = scratch.expert_out + (scratch.first_row[e] + row) * stride + block * BLOCK;
-            std::memcpy(to, sums, BLOCK * sizeof(float));
-        });
+    multiply_sorted(experts.gate_up, rows, stride, [&](int64_t e, int64_t row, int64_t block, const float* sums) {
+        store_gated(activated + (scratch.first_row[e] + row) * inner + block * BLOCK / 2, sums);
+    });
+    multiply_sorted(experts.down, activated, inner, [&](int64_t e, int64_t row, int64_t block, const float* sums) {
+        float* to = scratch.expert_out + (scratch.first_row[e] + row) * stride + block * BLOCK;
+        std::memcpy(to, sums, BLOCK * sizeof(float));
+    });
     team.share(count, [&](Range mine) {
         for (int64_t t = mine.begin; t < mine.end; t++)
             for (int64_t i = t * each; i < (t + 1) * each; i++) {

@@ -13,27 +13,27 @@ namespace kitae {
 constexpr int64_t WEIGHTS_COST = 8;  // reading a block of weights costs as much as computing so many rows with it
 constexpr int64_t CUTS = 1024;       // finest parts; a number that does not depend on what is in memory, see team.h
 
-template <class T> struct Rows {
-    const T* x;
-    int64_t count;
-};
-
 // For each group g, row and block of 64 columns of rows_of(g) times the group's weights, calls use(g, row, block, sums[64]).
-// `first` is the matrix of group 0; the weights of the others follow it, without bias. Rows lie `stride` apart.
-template <class T, class RowsOf, class Use>
-void multiply_groups(const Team& team, const Matrix& first, int64_t groups, int64_t stride, RowsOf rows_of, Use use) {
+// `first` is the matrix of group 0; weights and scales of the others follow it, without bias.
+template <class RowsOf, class Use>
+void multiply_groups(const Team& team, const Matrix& first, int64_t groups, RowsOf rows_of, Use use) {
+    using T = typename decltype(rows_of(0))::Number;
     constexpr int most = Packing<T>::rows;
+    using Weight = typename Packing<T>::Weight;
     const int64_t blocks = first.columns / BLOCK, block_size = first.depth * BLOCK;
     const auto compute = [&](int64_t group, int64_t block, Rows<T> rows) {
-        alignas(64) float sums[most * BLOCK];
-        const T* weights = static_cast<const T*>(first.weights) + (group * blocks + block) * block_size;
+        alignas(64) typename Packing<T>::Sum sums[most * BLOCK];
+        alignas(64) float numbers[BLOCK];
+        const int64_t place = group * blocks + block;
+        const Weight* weights = static_cast<const Weight*>(first.weights) + place * block_size;
         const int64_t tiles = (rows.count + most - 1) / most;
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = rows.count * t / tiles, to = rows.count * (t + 1) / tiles;
             Prefetch prefetch{reinterpret_cast<const char*>(weights), 0};
             if (t == 0) prefetch = {reinterpret_cast<const char*>(weights) + 4096, 4};
-            tile_of<T>(int(to - from), rows.x + from * stride, stride, weights, first.depth, sums, prefetch);
-            for (int64_t row = from; row < to; row++) use(group, row, block, sums + (row - from) * BLOCK);
+            tile_of<T>(int(to - from), rows.x + from * rows.stride, rows.stride, weights, first.depth, sums, prefetch);
+            for (int64_t row = from; row < to; row++)
+                use(group, row, block, finish(sums + (row - from) * BLOCK, first, place * BLOCK, rows.scale_of(row), numbers));
         }
     };
     const auto cost_of = [](int64_t rows) { return rows ? rows + WEIGHTS_COST : 0; };

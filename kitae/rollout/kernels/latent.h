@@ -70,9 +70,9 @@ void absorb_keys(const Team& team, const Model& model, const Layer& layer, const
     const LatentSizes& sizes = model.latent;
     const int64_t head_size = sizes.plain + sizes.rotated;
     const T* queries = static_cast<const T*>(scratch.queries);
-    multiply_groups<T>(
-        team, layer.latent.key_up, model.query_heads, scratch.queries_stride,
-        [&](int64_t head) { return Rows<T>{queries + head * head_size, tokens.count}; },
+    multiply_groups(
+        team, layer.latent.key_up, model.query_heads,
+        [&](int64_t head) { return Rows<T>{queries + head * head_size, scratch.queries_stride, tokens.count, nullptr}; },
         [&](int64_t head, int64_t token, int64_t block, const float* sums) {
             T* to = static_cast<T*>(scratch.absorbed) + token * scratch.absorbed_stride + head * sizes.row;
             store_columns(to, sizes.latent, block, sums);
@@ -192,9 +192,9 @@ template <class T>
 void raise_values(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, int64_t count) {
     const LatentSizes& sizes = model.latent;
     const T* mixed = static_cast<const T*>(scratch.mixed);
-    multiply_groups<T>(
-        team, layer.latent.value_up, model.query_heads, scratch.mixed_stride,
-        [&](int64_t head) { return Rows<T>{mixed + head * sizes.latent, count}; },
+    multiply_groups(
+        team, layer.latent.value_up, model.query_heads,
+        [&](int64_t head) { return Rows<T>{mixed + head * sizes.latent, scratch.mixed_stride, count, nullptr}; },
         [&](int64_t head, int64_t token, int64_t block, const float* sums) {
             T* to = static_cast<T*>(scratch.attended) + token * scratch.attended_stride + head * sizes.value;
             store_columns(to, sizes.value, block, sums);

@@ -9,12 +9,15 @@
 namespace kitae {
 
 // Weights of a linear layer, [blocks of 64 output columns][depth / q][64][q]: q is 1 for float and 2 for bf16, so that one
-// 64-byte line holds what 16 columns multiply with the next q inputs. Output columns beyond the layer's own are zero.
+// 64-byte line holds what 16 columns multiply with the next q inputs. Output columns beyond the layer's own are zero. With
+// scales, weights are 8-bit integers and q is 4, see int8.h.
 struct Matrix {
     const void* weights;
-    const float* bias;  // [columns], or null
-    int64_t columns;    // a multiple of 64
-    int64_t depth;      // inputs, a multiple of q
+    const float* bias;       // [columns], or null
+    const float* scales;     // [columns]: what a column's integers are multiplied with; null where weights are T
+    const int32_t* offsets;  // [columns]: 128 times the sum of a column's integers; null without scales
+    int64_t columns;         // a multiple of 64
+    int64_t depth;           // inputs, a multiple of q
 };
 
 // Latent attention of a layer, see latent.h.
@@ -107,6 +110,10 @@ struct Scratch {
     void* expert_activated;  // [rows][half the columns of experts.gate_up], T
     float* expert_out;       // [rows][hidden stride]
     int64_t expert_activated_stride;
+
+    // Of 8-bit products; null without.
+    uint8_t* integers;  // the rows of one product, as long as the longest there are
+    float* row_scales;  // [rows]
 };
 
 // The tokens of one forward pass. Token t's keys and values lie in the pages tables[table_of[t]][0, 1, ...].
@@ -128,6 +135,11 @@ struct Sampling {
     float* logprobs;
     const int64_t* stop_ids;
     int64_t num_stop_ids;
+    const int64_t* top_ks;     // [rows]; 0 is off
+    const float* top_ps;       // [rows]; 1 is off
+    const float* log_min_ps;   // [rows]; minus infinity is off
+    uint8_t* kept;             // a bit per token that they left, kept_stride bytes of zeros at first; or null
+    int64_t kept_stride;
 };
 
 }  // namespace kitae

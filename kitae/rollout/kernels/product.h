@@ -4,6 +4,7 @@
 // computes it: so a row gets the same bits alone and among others.
 #pragma once
 
+#include "int8.h"
 #include "model.h"
 #include "team.h"
 #include "vectors.h"
@@ -21,18 +22,41 @@ constexpr int BF16_ROWS = 6;
 #else
 constexpr int BF16_ROWS = 4;
 #endif
+#if defined(__AVX512VNNI__)
+constexpr int INT8_ROWS = 6;
+#else
+constexpr int INT8_ROWS = 4;
+#endif
 #else
 constexpr int VECTORS = 2;
 constexpr int FLOAT_ROWS = 3;
 constexpr int BF16_ROWS = 2;
+constexpr int INT8_ROWS = 2;
 #endif
 
 template <class T> struct Packing;
 template <> struct Packing<float> {
     static constexpr int q = 1, rows = FLOAT_ROWS;
+    using Weight = float;
+    using Sum = float;
 };
 template <> struct Packing<bf16> {
     static constexpr int q = 2, rows = BF16_ROWS;
+    using Weight = bf16;
+    using Sum = float;
+};
+template <> struct Packing<uint8_t> {
+    static constexpr int q = 4, rows = INT8_ROWS;
+    using Weight = int8_t;
+    using Sum = int32_t;
+};
+
+template <class Sum> struct Vector;
+template <> struct Vector<float> {
+    using type = f32x16;
+};
+template <> struct Vector<int32_t> {
+    using type = i32x16;
 };
 
 // sum + x0 * w0 + x1 * w1, where `pair` is the bf16 numbers x0, x1 and each lane of `weights` its own w0, w1.
@@ -86,12 +110,28 @@ inline __attribute__((always_inline)) void add_products(
     }
 }
 
+template <int ROWS>
+inline __attribute__((always_inline)) void add_products(
+    i32x16 (&sums)[ROWS][VECTORS], const uint8_t* x, int64_t stride, const int8_t* w) {
+    u32x16 column[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) column[v] = load_quads(w + v * LANES * 4);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; r++) {
+        const uint32_t quad = quad_at(x + r * stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = add_quads(sums[r][v], quad, column[v]);
+    }
+}
+
 // ROWS rows of x times one block of weights: sums [ROWS][64].
 template <int ROWS, class T>
-void tile(const T* x, int64_t stride, const T* block, int64_t depth, float* out, Prefetch prefetch) {
+void tile(
+    const T* x, int64_t stride, const typename Packing<T>::Weight* block, int64_t depth, typename Packing<T>::Sum* out,
+    Prefetch prefetch) {
     constexpr int q = Packing<T>::q;
     for (int first = 0; first < BLOCK; first += VECTORS * LANES) {
-        f32x16 sums[ROWS][VECTORS] = {};
+        typename Vector<typename Packing<T>::Sum>::type sums[ROWS][VECTORS] = {};
         for (int64_t k = 0; k < depth; k += q) {
             prefetch.step();
             add_products<ROWS>(sums, x + k, stride, block + (k * BLOCK + first * q));
@@ -104,7 +144,9 @@ void tile(const T* x, int64_t stride, const T* block, int64_t depth, float* out,
 }
 
 template <class T, int ROWS = Packing<T>::rows>
-void tile_of(int rows, const T* x, int64_t stride, const T* block, int64_t depth, float* out, Prefetch prefetch) {
+void tile_of(
+    int rows, const T* x, int64_t stride, const typename Packing<T>::Weight* block, int64_t depth,
+    typename Packing<T>::Sum* out, Prefetch prefetch) {
     if constexpr (ROWS == 1) {
         tile<1>(x, stride, block, depth, out, prefetch);
     } else if (rows == ROWS) {
@@ -120,38 +162,82 @@ inline int64_t parts_of_rows(int64_t rows, int64_t blocks, int threads) {
     return wanted < possible ? wanted : possible > 1 ? possible : 1;
 }
 
-// For each row and block of 64 columns of x * weights + bias, calls use(row, block, sums[64]).
-template <class T, class Use>
-void multiply(const Team& team, const T* x, int64_t stride, int64_t rows, const Matrix& matrix, Use use) {
+// The rows of one product.
+template <class T> struct Rows {
+    using Number = T;
+    const T* x;
+    int64_t stride, count;
+    const float* scales;  // [count], of 8-bit integers; else null
+
+    float scale_of(int64_t row) const { return scales ? scales[row] : 1.0f; }
+    Rows part(int64_t from, int64_t end) const { return {x + from * stride, stride, end - from, scales ? scales + from : scales}; }
+};
+
+// A row's 64 sums from `column` on as numbers: in place, or in `out`.
+inline const float* finish(float* sums, const Matrix& matrix, int64_t column, float, float*) {
+    if (matrix.bias)
+        for (int j = 0; j < BLOCK; j += LANES) store(sums + j, load(sums + j) + load(matrix.bias + column + j));
+    return sums;
+}
+
+inline const float* finish(const int32_t* sums, const Matrix& matrix, int64_t column, float scale, float* out) {
+    for (int j = 0; j < BLOCK; j += LANES) {
+        const i32x16 exact = load_integers(sums + j) - load_integers(matrix.offsets + column + j);
+        store(out + j, __builtin_convertvector(exact, f32x16) * scale * load(matrix.scales + column + j));
+    }
+    return finish(out, matrix, column, scale, out);
+}
+
+// The same of rows that are what the weights want: float, bf16 or integers.
+template <class T, class Use> void multiply_rows(const Team& team, const Rows<T>& rows, const Matrix& matrix, Use use) {
     constexpr int most = Packing<T>::rows;
-    const int64_t blocks = matrix.columns / BLOCK, parts = parts_of_rows(rows, blocks, team.size);
+    using Weight = typename Packing<T>::Weight;
+    const int64_t blocks = matrix.columns / BLOCK, parts = parts_of_rows(rows.count, blocks, team.size);
     const int64_t block_size = matrix.depth * BLOCK;
     const auto compute = [&](int64_t piece, bool is_last) {
-        alignas(64) float sums[most * BLOCK];
+        alignas(64) typename Packing<T>::Sum sums[most * BLOCK];
+        alignas(64) float numbers[BLOCK];
         const int64_t block = piece / parts, part = piece % parts;
-        const int64_t first = rows * part / parts, end = rows * (part + 1) / parts;
+        const int64_t first = rows.count * part / parts, end = rows.count * (part + 1) / parts;
         const int64_t tiles = (end - first + most - 1) / most;
-        const T* weights = static_cast<const T*>(matrix.weights) + block * block_size;
+        const Weight* weights = static_cast<const Weight*>(matrix.weights) + block * block_size;
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = first + (end - first) * t / tiles, to = first + (end - first) * (t + 1) / tiles;
             // Few tiles wait for the weights: fetch 4 KiB ahead. Of many, the first four fetch the next block.
             const char* here = reinterpret_cast<const char*>(weights);
-            const int64_t bytes = block_size * int64_t(sizeof(T));
+            const int64_t bytes = block_size * int64_t(sizeof(Weight));
             Prefetch prefetch{here, 0};
             if (tiles < 4 && t == 0) prefetch = {here + 4096, 4};
             if (tiles >= 4 && t < 4 && !is_last) prefetch = {here + bytes + bytes / 4 * t, 1};
-            tile_of<T>(int(to - from), x + from * stride, stride, weights, matrix.depth, sums, prefetch);
-            for (int64_t row = from; row < to; row++) {
-                float* own = sums + (row - from) * BLOCK;
-                if (matrix.bias)
-                    for (int j = 0; j < BLOCK; j += LANES) store(own + j, load(own + j) + load(matrix.bias + block * BLOCK + j));
-                use(row, block, own);
-            }
+            tile_of<T>(int(to - from), rows.x + from * rows.stride, rows.stride, weights, matrix.depth, sums, prefetch);
+            for (int64_t row = from; row < to; row++)
+                use(row, block, finish(sums + (row - from) * BLOCK, matrix, block * BLOCK, rows.scale_of(row), numbers));
         }
     };
     team.share(blocks * parts, [&](Range work) {
         for (int64_t piece = work.begin; piece < work.end; piece++) compute(piece, piece + 1 == work.end);
     });
+}
+
+// One phase: rows of T as integers of their own scale.
+template <class T>
+Rows<uint8_t> quantise(const Team& team, const Scratch& scratch, const T* x, int64_t stride, int64_t count, int64_t depth) {
+    const int64_t size = (depth + LANES - 1) / LANES * LANES;
+    team.share(count, [&](Range mine) {
+        for (int64_t row = mine.begin; row < mine.end; row++)
+            scratch.row_scales[row] = quantise_row(x + row * stride, size, scratch.integers + row * size);
+    });
+    return {scratch.integers, size, count, scratch.row_scales};
+}
+
+// For each row and block of 64 columns of x * weights + bias, calls use(row, block, sums[64]).
+template <class T, class Use>
+void multiply(
+    const Team& team, const Scratch& scratch, const T* x, int64_t stride, int64_t count, const Matrix& matrix, Use use) {
+    if (matrix.scales)
+        multiply_rows(team, quantise(team, scratch, x, stride, count, matrix.depth), matrix, use);
+    else
+        multiply_rows(team, Rows<T>{x, stride, count, nullptr}, matrix, use);
 }
 
 }  // namespace kitae

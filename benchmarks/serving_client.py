@@ -1,0 +1,102 @@
+"""Many chats at a time over HTTP, streamed, from one thread: requests in, times and token counts out.
+
+    queue of chats --a connection for each--> server --server-sent events--> Answer
+
+It shares the cores with the server it measures, so it does little: of an answer it looks for the first text and, at
+the end, for the token counts; it parses nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FIRST_TEXT = re.compile(rb'"content": ?"[^"]')
+PROMPT_TOKENS, COMPLETION_TOKENS = (
+    re.compile(rb'"%b": ?(\d+)' % name) for name in (b"prompt_tokens", b"completion_tokens")
+)
+END = b"\r\n0\r\n\r\n"
+"""The last piece of a chunked body."""
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One chat completion."""
+
+    first_token_s: float
+    """From sending the request to the first text of the answer."""
+    seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All answers of one measurement."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Sampled tokens of all streams together."""
+        return sum(answer.completion_tokens for answer in self.answers) / self.seconds
+
+
+def talk(port: int, key: str, chats: Sequence[dict[str, Any]], *, streams: int) -> Load:
+    """Send the chats, bodies of /v1/chat/completions, `streams` at a time: the next when one has ended."""
+    return asyncio.run(_talk(port, key, chats, streams=streams))
+
+
+async def _talk(port: int, key: str, chats: Sequence[dict[str, Any]], *, streams: int) -> Load:
+    queue = [_request(key, chat) for chat in reversed(chats)]
+    answers: list[Answer] = []
+
+    async def stream() -> None:
+        while queue:
+            answers.append(await _ask(port, queue.pop()))
+
+    started = time.perf_counter()
+    async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
+        for _ in range(streams):
+            group.create_task(stream())
+    return Load(answers, time.perf_counter() - started)
+
+
+def _request(key: str, chat: dict[str, Any]) -> bytes:
+    body = json.dumps(chat | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    head = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: 127.0.0.1",
+        f"Authorization: Bearer {key}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+async def _ask(port: int, request: bytes) -> Answer:
+    started = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    first_token_s = 0.0
+    found = bytearray()
+    while not found.endswith(END):
+        piece = await reader.read(1 << 16)
+        if not piece:
+            break
+        found += piece
+        if not first_token_s and FIRST_TEXT.search(found):
+            first_token_s = time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    writer.close()
+    counts = [pattern.findall(found) for pattern in (PROMPT_TOKENS, COMPLETION_TOKENS)]
+    if not found.startswith(b"HTTP/1.1 200") or not all(counts):
+        raise RuntimeError("no whole answer: " + found[-2000:].decode(errors="replace"))
+    return Answer(first_token_s or seconds, seconds, *(int(count[-1]) for count in counts))

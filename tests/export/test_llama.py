@@ -1,0 +1,49 @@
+"""llama.cpp's process: watched by what it says, so that one that hangs or dies does not take the export with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kitae.errors import ModelError
+from kitae.export import verify_llama
+from kitae.export.verify_llama import run_llama_cpp, watch
+
+CHATTY = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.1)"
+SILENT = "import time; print('begun', flush=True); time.sleep(60)"
+CLOSED = "import os, time; print('begun', flush=True); os.close(1); os.close(2); time.sleep(60)"
+
+
+def test_a_process_that_says_something_now_and_then_may_take_its_time():
+    code, output = watch([sys.executable, "-c", CHATTY], silent_s=0.5)
+    assert code == 0 and output.split() == list("01234567")
+
+
+@pytest.mark.parametrize("program", [SILENT, CLOSED])
+def test_one_that_falls_silent_is_killed(program):
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        watch([sys.executable, "-c", program], silent_s=0.5)
+    assert time.monotonic() - began < 10
+
+
+def test_how_it_ends_is_told():
+    code, output = watch([sys.executable, "-c", "import sys; sys.exit('error: no')"], silent_s=20)
+    assert (code, output) == (1, "error: no\n")
+
+
+def test_a_hang_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    real = subprocess.Popen
+    monkeypatch.setattr(verify_llama, "SILENT_S", 0.3)
+    monkeypatch.setattr(
+        verify_llama.subprocess, "Popen", lambda _, **options: real([sys.executable, "-c", SILENT], **options)
+    )
+    with pytest.raises(
+        ModelError, match=r"llama.cpp hangs with .*m.gguf: nothing came from it for .*--no_verify"
+    ):
+        run_llama_cpp({"path": str(file)})
