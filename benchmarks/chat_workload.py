@@ -173,6 +173,7 @@ def make(
         "mean_tokens": statistics.fmean(lengths),
         "longest": max(lengths),
         "taught_share": sum(taught) / sum(lengths),
+        "mean_seen": sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
         "fast_bfloat16": CpuBackend().supports("bfloat16")[0],
     }
 

@@ -4,9 +4,9 @@ The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn onc
 (median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights, or with
 `--size 80m-moe` a DeepSeek-V3-like one: latent attention, 16 experts of which 4 compute. They run in
 turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the native engine's
-ratio to each, and peak memory. `--engines native int8` compares the native engine with itself sampling by 8-bit weights, and
-says how far the log-probs of either are from the learner's. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
-for this machine (llama_cpp.py). See docs/benchmarks.md; stream.py measures a single completion.
+ratio to each, and peak memory. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
+for this machine (llama_cpp.py). `--engines native int8` compares the native engine with itself sampling by 8-bit weights,
+and says how far either's log-probs are from the learner's. See docs/benchmarks.md; stream.py measures a single completion.
 """
 
 from __future__ import annotations

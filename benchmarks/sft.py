@@ -34,7 +34,7 @@ TARGETS: dict[tuple[str, bool], dict[str, tuple[float | None, float | None]]] = 
 }
 """What kitae is to reach at a size, fully trained or as LoRA: times a peer's tokens per second, share of its memory."""
 SHARE_OF_FLOOR = 0.6
-"""How much of the speed of the step's matrix products alone kitae is to reach."""
+"""How much of that speed (sft_floor.py) kitae is to reach."""
 LOSS_TOLERANCE = 0.02
 """Relative difference of mean losses beyond which the sides did not do the same work."""
 
@@ -49,7 +49,7 @@ def main() -> None:
         contenders = [kitae(folder, options), *(peer(name, folder, options) for name in options.peers)]
         measured = harness.run_rounds(contenders, rounds=options.rounds)
         has_floor = not options.lora_rank and "n_routed_experts" not in SIZES[options.size]
-        floor = measure_floor(folder, options) if has_floor else None
+        floor = measure_floor(folder, options, workload, measured["kitae"]) if has_floor else None
     report(measured, workload=workload, floor=floor, options=options)
 
 
@@ -114,15 +114,18 @@ def shared_flags(folder: Path, options: argparse.Namespace) -> list[str]:
     return [text for name, value in named.items() for text in (f"--{name}", str(value))]
 
 
-def measure_floor(folder: Path, options: argparse.Namespace) -> Measurement:
-    command = [
-        sys.executable,
-        str(HERE / "sft_floor.py"),
-        "--folder",
-        str(folder),
-        "--precision",
-        options.precision,
-    ]
+def measure_floor(
+    folder: Path, options: argparse.Namespace, workload: dict[str, float], ours: list[Measurement]
+) -> Measurement:
+    named = {
+        "folder": folder,
+        "precision": options.precision,
+        "tokens": ours[0].values["tokens_per_step"],
+        "taught-share": workload["taught_share"],
+        "seen": workload["mean_seen"],
+    }
+    flags = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, str(HERE / "sft_floor.py"), *flags]
     return harness.measure(Contender("floor", command, harness.thread_env(options.threads)))
 
 
@@ -151,7 +154,7 @@ def report(
     if floor is not None:
         limit = floor.values["tokens_per_s"]
         found = {
-            "what": "the step's matrix products alone",
+            "what": "the model's arithmetic at the rate of the step's matrix products alone",
             "limit": limit,
             "share": harness.spread(measured["kitae"], "tokens_per_s").median / limit,
             "target": SHARE_OF_FLOOR,

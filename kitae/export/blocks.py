@@ -2,15 +2,18 @@
 
 A row is cut into blocks of 32 (K-quants: of 256); a block holds small integers and a float16 scale, and the K-quants
 have integer scales for 8 or 16 parts of a block beneath it. The formats are those of ggml, and so are the searches for
-scales: of many candidates, the one with the least weighted squared error.
+scales: of many candidates, the one with the least weighted squared error. Where there is a compiler, native.py searches.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from kitae.export import native
 
 SMALLEST = 1e-15
 """Parts whose largest magnitude is below are zero."""
@@ -76,7 +79,9 @@ def _five_bits(q_BK: Tensor) -> Tensor:
 
 def _q6_K(x_BK: Tensor) -> Tensor:
     x_BPE = x_BK.view(-1, 16, 16)
-    scale_BP = _symmetric_scales(x_BPE)
+    kernels = native.library()
+    find = symmetric_scales if kernels is None else functools.partial(native.symmetric_scales, kernels)
+    scale_BP = find(x_BPE)
     largest_B = _signed_largest(scale_BP)
     is_zero_B = largest_B.abs() < SMALLEST
     d_B = torch.where(is_zero_B, 0.0, largest_B / -128)
@@ -91,7 +96,7 @@ def _q6_K(x_BK: Tensor) -> Tensor:
     return torch.cat((low.view(-1, 128), high.view(-1, 64), scales, _half(d_B)), 1)
 
 
-def _symmetric_scales(x_BPE: Tensor) -> Tensor:
+def symmetric_scales(x_BPE: Tensor) -> Tensor:
     """Scales of parts whose values are -32 to 31 times them, errors weighted by x^2."""
     largest = _signed_largest(x_BPE)
     is_zero = largest.abs() < SMALLEST
@@ -124,7 +129,9 @@ def _q5_K(x_BK: Tensor) -> Tensor:
 def _with_offsets(x_BK: Tensor, *, levels: int, first: float, steps: int) -> tuple[Tensor, Tensor]:
     """Scales and offsets as bytes, and the values as four groups of two parts of 32."""
     x_BPE = x_BK.view(-1, 8, 32)
-    scale_BP, offset_BP = _scales_and_offsets(x_BPE, levels=levels, first=first, steps=steps)
+    kernels = native.library()
+    find = scales_and_offsets if kernels is None else functools.partial(native.scales_and_offsets, kernels)
+    scale_BP, offset_BP = find(x_BPE, levels=levels, first=first, steps=steps)
     d_B, dmin_B = scale_BP.amax(1) / 63, offset_BP.amax(1) / 63
     scale_steps = (scale_BP * _inverse(d_B)[:, None]).round_().clamp_(max=63)
     offset_steps = (offset_BP * _inverse(dmin_B)[:, None]).round_().clamp_(max=63)
@@ -142,7 +149,7 @@ def _six_bits(steps_BP: Tensor, offset_steps_BP: Tensor) -> Tensor:
     return torch.cat((s[:, :4] | upper_s, o[:, :4] | upper_o, s[:, 4:] & 15 | (o[:, 4:] & 15) << 4), 1)
 
 
-def _scales_and_offsets(x_BPE: Tensor, *, levels: int, first: float, steps: int) -> tuple[Tensor, Tensor]:
+def scales_and_offsets(x_BPE: Tensor, *, levels: int, first: float, steps: int) -> tuple[Tensor, Tensor]:
     """(scale, offset) of parts with x = scale * (0 to levels) - offset, errors weighted by |x| + the part's rms.
 
     Tried are `steps` ways to round: as if there were levels + first, + 0.1 more each time, of them.

@@ -6,6 +6,7 @@ A folder runs in kitae; a GGUF file in llama.cpp (verify_llama.py), or dequantis
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,7 @@ def pose(tokenizer: Any, template: Template | None, prompts: Sequence[str]) -> l
 @contextlib.contextmanager
 def loaded(folder: Path, *, base: Path | None = None) -> Iterator[tuple[Policy, str]]:
     """A model in float32, or in bfloat16 where only that fits; `base` takes the place of the one an adapter names."""
+    gc.collect()  # the model before may still be in memory, held by a cycle
     with contextlib.ExitStack() as stack:
         if base is not None:
             folder = stack.enter_context(_on_base(folder, base))

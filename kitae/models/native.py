@@ -41,6 +41,7 @@ ARGUMENTS = {
     "kitae_swiglu": [c_int, *[c_void_p] * 2, c_int64, c_void_p],
     "kitae_swiglu_backward": [c_int, *[c_void_p] * 3, c_int64, *[c_void_p] * 2],
     "kitae_add": [c_int, c_void_p, c_int64, c_void_p],
+    "kitae_adamw": [c_int, *[c_void_p] * 5, c_int64, c_void_p],
     "kitae_grouped_product": [
         c_int,
         *[c_void_p] * 3,
@@ -274,6 +275,39 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 def add_(total: Tensor, x: Tensor) -> None:
     """total += x, without the float32 copy of x that torch makes; total is float32 and without gaps."""
     _call("kitae_add", x, x.contiguous(), x.numel(), total)
+
+
+class _AdamW(ctypes.Structure):
+    """As in kernels/adamw.h."""
+
+    _fields_ = tuple(
+        (name, c_float)
+        for name in ("scale", "decay", "beta1", "beta2", "step_size", "root_correction", "epsilon")
+    )
+
+
+def adamw_(
+    master: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    weight: Tensor | None,
+    *,
+    scale: float,
+    decay: float,
+    betas: tuple[float, float],
+    step_size: float,
+    root_correction: float,
+    epsilon: float,
+) -> None:
+    """AdamW (arXiv:1711.05101) on tensors without gaps, float32 but for `weight`, which becomes the rounded master.
+
+    The gradient counts `scale` times and is cleared. decay is 1 - rate x weight decay, step_size the rate over
+    1 - beta1^t, root_correction the root of 1 - beta2^t.
+    """
+    how = _AdamW(scale, decay, *betas, step_size, root_correction, epsilon)
+    pointers = (master, grad, mean, square, weight, master.numel(), ctypes.byref(how))
+    _call("kitae_adamw", master if weight is None else weight, *pointers)
 
 
 def grouped_product(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kitae.config import SeamSettings
 from kitae.errors import ModelError
-from kitae.models import attention, blocks, compared, embedding, experts, native
+from kitae.models import attention, blocks, compared, embedding, experts, linear, native
 from kitae.models.families import Family
 from kitae.types import Packing
 
@@ -83,6 +83,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
     if use_kernels:
         blocks.fuse_layers(causal_lm, attention_name=NATIVE_NAME)
         embedding.fuse_embedding(causal_lm)
+        linear.fuse_linears(causal_lm.get_decoder())
     used = {"attention": use_attention, "head": use_head, "experts": use_experts, "kernels": use_kernels}
     return settings.model_copy(update=used)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 MOST = 127
 """Largest magnitude of an integer."""
+ROWS = 1024
+"""Outputs that are in float32 at the same time."""
 MOST_INPUTS = (2**31 - 1) // (255 * MOST)
 """The sum of so many products fits into 32 bits."""
 SMALLEST = 1e-30
@@ -22,9 +24,11 @@ def quantise(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Integers [N, K] and scales [N] in float32, whose product is nearest to the weights. A weight that is not finite makes
     its scale so.
     """
-    weight_NK = weight_NK.float()
-    largest_N = weight_NK.abs().amax(1).clamp(min=SMALLEST)
-    integers_NK = (weight_NK * (MOST / largest_N)[:, None]).round_().to(torch.int8)
+    largest_N = weight_NK.abs().amax(1).float().clamp(min=SMALLEST)
+    integers_NK = torch.empty(weight_NK.shape, dtype=torch.int8)
+    for first in range(0, len(weight_NK), ROWS):
+        rows = slice(first, first + ROWS)
+        integers_NK[rows] = (weight_NK[rows].float() * (MOST / largest_N[rows])[:, None]).round_()
     return integers_NK, largest_N / MOST
 
 

@@ -43,6 +43,7 @@ class FlatParameters:
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]], *, kernels: bool = False) -> None:
         assert named, "a policy without trainable parameters"
+        self.has_kernels = kernels
         locals_ = [_local(parameter) for _, parameter in named]
         self.is_sharded = any(isinstance(parameter, DTensor) for _, parameter in named)
         sizes = [local.numel() for local in locals_]

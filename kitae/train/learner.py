@@ -25,7 +25,7 @@ from kitae.parallel import fsdp
 from kitae.parallel.world import World
 from kitae.train.flat import FlatParameters
 from kitae.train.memory import Passes
-from kitae.train.optim import LossScale, learning_rate, make_optimizer
+from kitae.train.optim import LossScale, learning_rate, make_optimizer, update
 from kitae.types import Batch, TokenOutputs
 
 if TYPE_CHECKING:
@@ -103,13 +103,16 @@ class Learner:
         metrics = {"grad_norm": grad_norm, "learning_rate": rate}
         if self.loss_scale:
             metrics["loss_scale"] = loss_scale
+        is_updated = False
         try:
             if self._may_update(grad_norm, rate=rate):
                 self._update(grad_norm, rate=rate, loss_scale=loss_scale)
+                is_updated = True
             else:
                 metrics["skipped"] = 1.0
         finally:
-            self.flat.zero_grad()
+            if not is_updated:  # an update clears it
+                self.flat.zero_grad()
             self._has_gradient = False
             self._problem = ""
         return metrics
@@ -189,9 +192,6 @@ class Learner:
             self.optimizer.state[slot.master] = {
                 key: value.clone() if isinstance(value, Tensor) else value for key, value in moments.items()
             }
-        self._publish()
-
-    def _publish(self) -> None:
         self.flat.publish()
         fsdp.drop_gathered(self.policy)
 
@@ -252,17 +252,12 @@ class Learner:
             )
         )
 
-    @torch.no_grad()
     def _update(self, grad_norm: float, *, rate: float, loss_scale: float) -> None:
         factor = 1.0 / loss_scale
         if self.optim.max_grad_norm > 0:
             factor *= min(1.0, self.optim.max_grad_norm / (grad_norm + 1e-6))
-        if factor != 1.0:
-            self.flat.grad.mul_(factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self._publish()
+        update(self.optimizer, self.flat, learning_rate=rate, scale=factor)
+        fsdp.drop_gathered(self.policy)
         if self.loss_scale:
             self.loss_scale.went_well()
 

@@ -12,7 +12,9 @@ from torch import nn
 from kitae.config import OptimSettings
 from kitae.errors import MissingExtraError
 from kitae.parallel.world import World
+from kitae.train import adamw
 from kitae.train.adafactor import Adafactor
+from kitae.train.flat import FlatParameters
 
 
 def learning_rate(settings: OptimSettings, *, step: int, total_steps: int) -> float:
@@ -54,6 +56,23 @@ def make_optimizer(
         groups, lr=rate, betas=betas, eps=settings.epsilon
     )
     return made
+
+
+@torch.no_grad()
+def update(
+    optimizer: torch.optim.Optimizer, flat: FlatParameters, *, learning_rate: float, scale: float
+) -> None:
+    """Change masters and weights by the gradient times `scale`, and clear the gradient."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    if flat.has_kernels and adamw.fits(optimizer, flat.slots):
+        adamw.update(optimizer, flat.slots, scale=scale)
+        return
+    if scale != 1.0:
+        flat.grad.mul_(scale)
+    optimizer.step()
+    flat.publish()
+    flat.zero_grad()
 
 
 class LossScale:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kitae.export.blocks import KINDS, quantize
+from kitae.export import native
+from kitae.export.blocks import KINDS, quantize, scales_and_offsets, symmetric_scales
 
 gguf = pytest.importorskip("gguf")
 
@@ -76,10 +77,8 @@ def weighted_error(x: np.ndarray, found: tuple[float, float], levels: int) -> fl
 )
 @pytest.mark.parametrize("rows", ["normal", "heavy", "positive"])
 def test_scales_are_those_that_a_slow_search_finds(rows, kind, levels, first, steps):
-    from kitae.export.blocks import _scales_and_offsets
-
     x = ROWS[rows][:4].view(-1, 8, 32)
-    scale, offset = _scales_and_offsets(x, levels=levels, first=first, steps=steps)
+    scale, offset = scales_and_offsets(x, levels=levels, first=first, steps=steps)
     own = theirs = 0.0
     for i in range(len(x)):
         for part in range(8):
@@ -125,3 +124,45 @@ def test_zeros_and_constants_are_kept(kind):
 def test_a_row_does_not_depend_on_its_neighbours():
     for kind in KINDS:
         assert torch.equal(quantize(kind, ROWS["heavy"])[3:4], quantize(kind, ROWS["heavy"][3:4]))
+
+
+@pytest.fixture
+def kernels():
+    found = native.library()
+    if found is None:
+        pytest.skip("there is no compiler")
+    return found
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_compiled_searches_find_what_torch_finds(rows, kernels):
+    x = ROWS[rows]
+    found, wanted = native.symmetric_scales(kernels, x.view(-1, 16, 16)), symmetric_scales(x.view(-1, 16, 16))
+    nearly = (found - wanted).abs() <= 1e-5 * wanted.abs()
+    assert nearly.float().mean() > 0.99  # elsewhere two candidates are nearly equal
+    for how in ({"levels": 15, "first": -1.0, "steps": 21}, {"levels": 31, "first": -0.5, "steps": 16}):
+        parts = x.view(-1, 8, 32)
+        scale, offset = native.scales_and_offsets(kernels, parts, **how)
+        wanted_scale, wanted_offset = scales_and_offsets(parts, **how)
+        nearly = (scale - wanted_scale).abs() <= 1e-4 * wanted_scale.abs()
+        nearly &= (offset - wanted_offset).abs() <= 1e-4 * (wanted_offset.abs() + wanted_scale.abs())
+        assert nearly.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K"])
+@pytest.mark.parametrize("rows", ["normal", "heavy", "positive"])
+def test_without_a_compiler_blocks_are_as_good(rows, kind, kernels, monkeypatch):
+    x = ROWS[rows]
+    compiled, off = quantize(kind, x), error(kind, x)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert (quantize(kind, x) == compiled).float().mean() > 0.99
+    assert error(kind, x) == pytest.approx(off, rel=1e-3)
+
+
+def test_parts_beyond_a_whole_number_of_lanes_are_searched_too(kernels):
+    x = ROWS["heavy"].view(-1, 8, 32)[:3]  # 24 parts
+    whole = native.scales_and_offsets(kernels, ROWS["heavy"].view(-1, 8, 32), levels=15, first=-1.0, steps=21)
+    for part, all_ in zip(
+        native.scales_and_offsets(kernels, x, levels=15, first=-1.0, steps=21), whole, strict=True
+    ):
+        assert torch.equal(part, all_[:3])

@@ -235,7 +235,9 @@ def test_what_is_read_back_is_what_was_written(tiny, tmp_path):
 
 def test_a_stopped_export_goes_on_and_leaves_nothing_under_the_name(tiny, tmp_path, monkeypatch):
     folder, output = tiny("llama"), tmp_path / "m.gguf"
-    monkeypatch.setattr(writer.gguf_file, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        writer.gguf_file, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         write_gguf(str(folder), How(output=output), kind="q8_0")
     assert not output.exists() and (tmp_path / "m.gguf.partial").is_dir()

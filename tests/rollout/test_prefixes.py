@@ -98,9 +98,8 @@ def test_the_bits_are_those_of_a_request_alone_whatever_was_kept(
 ):
     """Conversations that grow turn by turn, beside each other, while pages are kept, forgotten and cancelled."""
     numbers = random.Random(0)
-    engine = engine_of(policy, kernels)
     monkeypatch.setattr(native, "IDLE_BYTES", 12 * 16 * 4 * 1000)
-    session = engine.open_session()
+    session, other = engine_of(policy, kernels).open_session(), engine_of(policy, kernels)
     texts = [[3 + i % 90 for i in range(20)] for _ in range(3)]
     for _ in range(12):
         asked = []
@@ -113,7 +112,7 @@ def test_the_bits_are_those_of_a_request_alone_whatever_was_kept(
             session.cancel(asked.pop()[0])
         run(session)
         for requests in asked:
-            alone = engine.open_session(longest=256)
+            alone = other.open_session(longest=256)
             prompt, length = requests[0].problem.token_ids, requests[0].max_new_tokens
             again = add(alone, prompt, length=length, n=len(requests))
             run(alone)

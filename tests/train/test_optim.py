@@ -9,9 +9,10 @@ from torch import nn
 
 from kitae.config import OptimSettings
 from kitae.errors import MissingExtraError
+from kitae.models import native
 from kitae.parallel.world import World
 from kitae.train.flat import FlatParameters
-from kitae.train.optim import LossScale, learning_rate, make_optimizer
+from kitae.train.optim import LossScale, learning_rate, make_optimizer, update
 
 SHAPES = {"matrix": (96, 80), "bias": (80,), "experts": (3, 40, 50), "tiny": (2, 2)}
 
@@ -57,6 +58,32 @@ def test_an_optimizer_on_flat_storage_equals_the_librarys_per_parameter(name):
         optimizer.step()
     for key in SHAPES:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no kernels on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_by_the_kernel_equals_torchs_own(dtype):
+    settings = OptimSettings(weight_decay=0.1, beta2=0.95, epsilon=1e-6)
+    sides = []
+    for kernels in (True, False):
+        flat = FlatParameters(
+            [(n, nn.Parameter(p.detach().to(dtype))) for n, p in parameters().items()], kernels=kernels
+        )
+        optimizer = make_optimizer(settings, [slot.master for slot in flat.slots], world=World())
+        for step in range(4):
+            for slot, gradient in zip(flat.slots, parameters(seed=step + 1).values(), strict=True):
+                slot.grad.copy_(gradient.detach())
+            update(optimizer, flat, learning_rate=1e-2 / (step + 1), scale=0.5)
+            assert not flat.grad.any()
+        sides.append((flat, optimizer))
+    (ours, our_optimizer), (theirs, their_optimizer) = sides
+    for a, b in zip(ours.slots, theirs.slots, strict=True):
+        torch.testing.assert_close(a.master, b.master, rtol=1e-6, atol=1e-7)
+        assert torch.equal(a.parameter, a.master.to(dtype))
+        state, expected = our_optimizer.state[a.master], their_optimizer.state[b.master]
+        assert state.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(state[key], expected[key], rtol=2e-6, atol=1e-7)
 
 
 def test_weight_decay_leaves_vectors_alone():

@@ -1,4 +1,5 @@
 // What kitae/models/native.py calls, for float (kind 0) and bfloat16 (kind 1) tensors without gaps.
+#include "adamw.h"
 #include "attention_backward.h"
 #include "experts.h"
 #include "gate.h"
@@ -71,6 +72,11 @@ void kitae_swiglu_backward(
 }
 
 void kitae_add(int kind, const void* x, int64_t size, float* sum) { KITAE_FOR(kind, kitae::add(IN(x), size, sum)) }
+
+void kitae_adamw(
+    int kind, float* master, float* grad, float* mean, float* square, void* weight, int64_t size, const kitae::AdamW* how) {
+    KITAE_FOR(kind, kitae::adamw(master, grad, mean, square, OUT(weight), size, *how))
+}
 
 void kitae_grouped_product(
     int kind, const void* x, const int64_t* index, const int64_t* sizes, int64_t groups, const void* weights, int is_along,
