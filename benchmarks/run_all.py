@@ -97,6 +97,17 @@ ALL = [
         )
         for dtype in ("bfloat16", "float32")
     ),
+    *(
+        Benchmark(
+            f"serving-{streams}",
+            f"Serving, {streams} chat{'s' if streams > 1 else ''} at a time, bfloat16",
+            ["serve.py", "--streams", str(streams)],
+            seconds,
+            has_peer_python=False,
+            needs_llama=True,
+        )
+        for streams, seconds in ((1, 80), (16, 110), (64, 220))
+    ),
     Benchmark("export-fp8", "FP8 to BF16", ["export_fp8.py"], 90, has_peer_python=False),
     Benchmark("export-merge", "Merging an adapter", ["export_merge.py"], 60, has_peer_python=False),
 ]
@@ -178,6 +189,7 @@ def measure(benchmark: Benchmark, *, rounds: int, peer_python: str) -> dict[str,
         "ours": benchmark.ours,
         "against": report["comparisons"],
         "floor": report["floor"],
+        "notes": report.get("notes", []),
         "machine": report["machine"],
         "versions": report["versions"] or report["machine"]["packages"],
         "rounds": rounds,

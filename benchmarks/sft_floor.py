@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
     parser.add_argument("--tokens", type=float, required=True, help="of a step, padding left out")
     parser.add_argument("--taught-share", type=float, required=True, help="of them, seen by the head")
-    parser.add_argument("--seen", type=float, required=True, help="tokens that a token attends to, on average")
+    parser.add_argument(
+        "--seen", type=float, required=True, help="tokens that a token attends to, on average"
+    )
     options = parser.parse_args()
 
     import torch

@@ -44,6 +44,9 @@ IN_README = {
     "rollout-float32": ["generate", "llama.cpp"],
     "stream-bfloat16": ["llama.cpp"],
     "startup": ["trl"],
+    "serving-1": ["llama.cpp"],
+    "serving-16": ["llama.cpp"],
+    "serving-64": ["llama.cpp"],
 }
 """Benchmark -> peers that the READMEs name."""
 
@@ -101,7 +104,7 @@ def of_benchmark(result: dict[str, Any]) -> str:
             f"\nFloor: {floor['what']}, {limit}. {name} is at {floor['share']:.0%}; "
             f"the target is {floor['target']:.0%}.\n"
         )
-    return text
+    return text + "".join(f"\n{note}\n" for note in result.get("notes", []))
 
 
 def for_docs(results: dict[str, Any]) -> str:

@@ -53,8 +53,9 @@ class SeamSettings(Section):
     """On a GPU, packed attention in training by torch's FlexAttention: compiled when the model is loaded, and used if it
     then gives what padded rows give. Off, and elsewhere: padded rows, or the kernels below."""
     kernels: bool = True
-    """On a CPU, all that a layer does beside its matrix products in C++ kernels, which the machine's compiler makes when
-    they are first needed (seconds, once). Off, without a compiler and under model.torch_compile: torch's operations."""
+    """On a CPU, what a layer does beside its matrix products in C++ kernels, and in bfloat16 those too; the machine's
+    compiler makes them when they are first needed (seconds, once). Off, without a compiler and under
+    model.torch_compile: torch's operations."""
 
 
 class ModelSettings(Section):

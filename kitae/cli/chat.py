@@ -196,7 +196,9 @@ class RemoteTalker:
     def __init__(self, remote: Remote, use: Settings, *, said: Collection[str]) -> None:
         """`said`: names of the settings that the user gave."""
         self._remote, self._use = remote, use
-        self._fields: dict[str, Any] = {field: getattr(use, name) for name, field in SENT.items() if name in said}
+        self._fields: dict[str, Any] = {
+            field: getattr(use, name) for name, field in SENT.items() if name in said
+        }
         self._has_seed = "seed" in said
         if use.no_think:
             self._fields["chat_template_kwargs"] = {"enable_thinking": False, "thinking": False}

@@ -86,7 +86,9 @@ def main(argv: list[str]) -> int:
             not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out"
         )
     for setting in ("raw", "seed"):
-        require(not getattr(use, setting), f"--{setting} has no effect in a server: requests say it; leave it out")
+        require(
+            not getattr(use, setting), f"--{setting} has no effect in a server: requests say it; leave it out"
+        )
     return _serve(use, name, adapters)
 
 

@@ -36,6 +36,11 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, 1 / x)
 
 
+def _over(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once: torch multiplies by 1 / x, which may put the largest value on the other side of a half."""
+    return torch.full_like(x, number).div_(x)
+
+
 def _signed_largest(x: Tensor) -> Tensor:
     """Of each row of the last dimension the value of largest magnitude, with its sign."""
     return x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -104,7 +109,7 @@ def symmetric_scales(x_BPE: Tensor) -> Tensor:
     weight = x_BPE * x_BPE
     best = scale = torch.zeros_like(largest)
     for step in (0, *range(-9, 0), *range(1, 10)):
-        q = (x_BPE * (-(32 + 0.1 * step) / largest)[..., None]).round_().clamp_(-32, 31)
+        q = (x_BPE * _over(-(32 + 0.1 * step), largest)[..., None]).round_().clamp_(-32, 31)
         weighted = weight * q
         along, square = (weighted * x_BPE).sum(-1), (weighted * q).sum(-1)
         gain = torch.where(square > 0, along * along / square, 0.0)  # by how much the error falls
@@ -163,9 +168,9 @@ def scales_and_offsets(x_BPE: Tensor, *, levels: int, first: float, steps: int) 
     from_low = x_BPE - low[..., None]
 
     scale, offset = span / levels, low
-    best = _error(x_BPE, weight, (from_low * (levels / span)[..., None]).round_(), scale, offset)
+    best = _error(x_BPE, weight, (from_low * _over(levels, span)[..., None]).round_(), scale, offset)
     for step in range(steps):
-        q = (from_low * ((levels + first + 0.1 * step) / span)[..., None]).round_().clamp_(0, levels)
+        q = (from_low * _over(levels + first + 0.1 * step, span)[..., None]).round_().clamp_(0, levels)
         wq = weight * q
         sum_q, sum_qq, sum_xq = wq.sum(-1), (wq * q).sum(-1), (wq * x_BPE).sum(-1)
         determinant = sum_w * sum_qq - sum_q * sum_q

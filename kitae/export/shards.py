@@ -192,9 +192,11 @@ def write(
 
 
 def is_other(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a folder holds half of another export."""
+    """Whether a folder holds finished files of another export."""
     manifest = read_json(folder / MANIFEST)
-    return manifest is not None and manifest["identity"] != json.loads(json.dumps(dict(identity)))
+    if manifest is None or not manifest["shards"]:
+        return False
+    return bool(manifest["identity"] != json.loads(json.dumps(dict(identity))))
 
 
 def is_finished(path: Path, *, identity: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
     x --norm--> q, k, v --rotary, attention--> + --norm--> gate, up --SwiGLU, down--> +
 
-Modules, their names and their parameters stay transformers' own, and so do all matrix products: adapters and sharding
+Modules, their names and their parameters stay transformers' own, and so do the linears they call: adapters and sharding
 work as they do without. What native.py has no kernel for goes the module's own way.
 """
 

@@ -1,10 +1,11 @@
-"""Routed experts as slices of one sorted tensor: one stable sort by expert, one matrix product per expert used.
+"""Routed experts as slices of one sorted tensor: one stable sort by expert, then the products of grouped.py.
 
-    hidden_TH --a copy per expert--> x_SH --gate_up--> h_SG --gate--> a_SI --down--> y_SH --weighted sum--> [T, H]
+    hidden_TH --a row per slot--> x_SH --gate_up--> h_SG --gate--> a_SI --down--> y_SH --weighted sum--> [T, H]
 
-S slots: tokens x experts per token, sorted by expert, each expert's rows padded so that the shapes of products repeat;
-G is 2 I, E experts, k experts per token, R rank of an adapter. One autograd function: only h is kept for the backward,
-frozen experts compute no weight gradient, and adapters (W + scale B A per expert) are multiplied as two thin products.
+S slots: tokens x experts per token, sorted by expert. The kernels read x from hidden; for torch's products it is copied,
+each expert's rows padded so that their shapes repeat. G is 2 I, E experts, k experts per token, R rank of an adapter. One
+autograd function: only h is kept for the backward, frozen experts compute no weight gradient, and adapters
+(W + scale B A per expert) are multiplied as two thin products.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kitae.models import grouped, native
 from kitae.models.grouped import Groups, Rows
 
 ROUND_TO = 16
-"""An expert's rows above this are rounded up to a multiple: oneDNN takes over a millisecond to prepare a new shape."""
+"""For torch's products, rows above this are rounded up to a multiple: oneDNN takes over a millisecond to prepare a shape."""
 
 
 class ExpertAdapter(NamedTuple):

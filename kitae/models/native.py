@@ -235,7 +235,19 @@ class _Attend(torch.autograd.Function):
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         shapes = ctypes.byref(_Attended.of(q, k, v, dout, ctx.scaling))
         _call(
-            "kitae_attend_backward", q, q, k, v, out, lse, dout, shapes, segments, groups, len(groups) - 1, *grads
+            "kitae_attend_backward",
+            q,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dout,
+            shapes,
+            segments,
+            groups,
+            len(groups) - 1,
+            *grads,
         )
         for grad in grads:
             grad[ctx.padding[0] : ctx.padding[1]] = 0.0

@@ -114,7 +114,9 @@ def _places(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | Non
     """What the inputs' gradients are added to: main_grad where a parameter has one."""
     needs_hidden, *needs_head = ctx.needs_input_grad[:3]
     weight_and_bias = [
-        (torch.zeros_like(p, dtype=torch.float32) if main is None else main) if needed else None
+        (torch.zeros_like(p, dtype=torch.float32) if main is None else main)
+        if needed and p is not None
+        else None
         for p, main, needed in zip((weight_VH, bias_V), ctx.main_grads, needs_head, strict=True)
     ]
     return _Gradients(torch.empty_like(hidden_NH) if needs_hidden else None, *weight_and_bias)

@@ -43,7 +43,7 @@ def spread(
             f"{sum(room) / estimate.GIB:.1f} GiB that are free on {len(devices)} devices; set model.quantization = nf4, or "
             "take a smaller model"
         )
-    places = {owner: devices[0] for owner in _outside(meta_model, layers)}
+    places = dict.fromkeys(_outside(meta_model, layers), devices[0])
     numbers = iter(range(len(blocks)))
     for place, count in zip(devices, counts, strict=True):
         places |= {f"{layers}.{next(numbers)}": place for _ in range(count)}
@@ -84,7 +84,8 @@ def _fill(sizes: Sequence[int], outside: int, room: Sequence[int]) -> list[int] 
 def _layers_name(meta_model: Any) -> str:
     decoder: nn.Module = meta_model.get_decoder()
     blocks = next(m for m in decoder.modules() if isinstance(m, nn.ModuleList))
-    return next(name for name, module in meta_model.named_modules() if module is blocks)
+    name: str = next(name for name, module in meta_model.named_modules() if module is blocks)
+    return name
 
 
 def _outside(meta_model: Any, layers: str) -> list[str]:

@@ -190,7 +190,7 @@ class NativeRows:
             found = self._pages.prefixes.find(prompt)
             self._pages.share(found, readers=1)
             table = found + self._pages.take(pages_of(len(prompt)) - len(found))
-            self._pages.prefixes.keep(prompt, table)  # of this prompt too, the later ones need not compute again
+            self._pages.prefixes.keep(prompt, table)  # for the prompts after it, too
             known.append(len(found) * PAGE)
             tables.append(table)
         self._prefill(prompts, known, tables)
@@ -356,9 +356,7 @@ def _tokens(ids: Tensor, positions: Tensor, tables: Tensor, table_of: Tensor) ->
 class _SamplingBuffers:
     """A Sampling struct, and the tensors it points at: [steps, rows] each, or [rows]."""
 
-    def __init__(
-        self, requests: Sequence[Request], *, steps: int, stop_ids: Tensor, vocabulary: int
-    ) -> None:
+    def __init__(self, requests: Sequence[Request], *, steps: int, stop_ids: Tensor, vocabulary: int) -> None:
         uniforms = [request.uniforms.peek(steps) for request in requests]
         self._uniforms = torch.tensor(uniforms, dtype=torch.float64).t().contiguous()
         self._temperatures = torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Keys and values of the rows in flight, in pages of 16 tokens that rows with the same prompt share.
 
 Per layer one tensor [pages, numbers], laid out as kernels/attention.h and kernels/latent.h say. A page is free again
-when the last row that reads it is gone, unless its tokens may come again (prefixes.py); the lowest free page is taken first, so memory follows what is in use.
+when the last row that reads it is gone, unless its tokens may come again (prefixes.py). The lowest free page is taken
+first, so memory follows what is in use.
 """
 
 from __future__ import annotations

@@ -33,6 +33,11 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
     """Set where these are its last tokens."""
 
+    def after(self, earlier: Event) -> Event:
+        """Both events of one request as one."""
+        tokens, text = earlier.token_ids + self.token_ids, earlier.text + self.text
+        return Event(self.request, tokens, text, self.finish_reason)
+
 
 class Rows(Protocol):
     """The rows of one engine; every method draws tokens by Request.add and nothing else."""

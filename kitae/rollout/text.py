@@ -2,7 +2,8 @@
 
     token -> characters it adds -> held back while they may begin a stop string -> new text
 
-Tokens are decoded a few at a time beside those before them, so a step's cost does not grow with the completion.
+Tokens are decoded a few at a time beside those before them, so a step's cost does not grow with the completion. Where no
+stop string is looked for, that is done when somebody takes the text, for all tokens since.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 UNDECIDED = "\ufffd"
 """What a decoder writes for the beginning of a character whose other bytes have not come yet."""
+LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8, and so the most tokens that are a part of one."""
 
 
 class GrowingText:
@@ -30,24 +33,38 @@ class GrowingText:
     def add(self, token: int) -> bool:
         """Take one more token; True where it completes a stop string."""
         self._ids.append(token)
+        if self._stop:
+            self._read(len(self._ids))
+        return self.is_stopped
+
+    def _read(self, end: int) -> bool:
+        """Decode the tokens before `end`; False where the last of them are a part of a character."""
         before = self._decode(self._ids[self._context : self._settled])
-        added = self._decode(self._ids[self._context :])[len(before) :]
+        added = self._decode(self._ids[self._context : end])[len(before) :]
         seen = self._held + added
-        if (end := first_stop(seen, self._stop)) is not None:
-            self._new += seen[:end]
+        if (stop := first_stop(seen, self._stop)) is not None:
+            self._new += seen[:stop]
             self._held = self._undecided = ""
             self.is_stopped = True
         elif added.endswith(UNDECIDED):
             self._undecided = added
+            return False
         else:
-            self._context, self._settled, self._undecided = self._settled, len(self._ids), ""
+            self._context, self._settled, self._undecided = self._settled, end, ""
             keep = longest_beginning(seen, self._stop)
             self._new += seen[: len(seen) - keep]
             self._held = seen[len(seen) - keep :]
-        return self.is_stopped
+        return True
 
     def take(self, *, is_last: bool) -> str:
         """The text that is new since the last call; the last one also gives what was held back."""
+        count = len(self._ids)
+        if not self._stop and self._settled < count:
+            # The last tokens may be a part of a character: those before them are shown.
+            ends = range(count, max(count - LONGEST_CHARACTER, self._settled), -1)
+            any(map(self._read, ends))
+            if is_last and self._settled < count:
+                self._read(count)
         if is_last:
             self._new += self._held + self._undecided
             self._held = self._undecided = ""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,11 @@ from kitae.types import Problem
 log = logging.getLogger(__name__)
 
 STEP_S = 0.05
-"""About so long one step may take before others get their turn and readers see new text."""
+"""About so long one step may take before others get their turn."""
+SHOW_S = 0.1
+"""Readers see new text about so often, and at once the first and the last of an answer; more often costs the engine time."""
+SWITCH_S = 0.0005
+"""So long the event loop and the engine's thread may keep Python from each other; shorter costs more switches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,10 @@ class EngineThread:
         self._sessions: dict[str, Session] = {lane.name: lane.open_session() for lane in lanes}
         self._tickets: dict[Request, tuple[Ticket, int]] = {}
         self._scoring: deque[tuple[Ticket, Iterator[None]]] = deque()
+        self._held: dict[Request, Event] = {}
+        """What their readers have not been shown yet."""
+        self._shown_s = dict.fromkeys(self.lanes, -math.inf)
+        """When each lane's readers were last shown everything."""
         self._end: Exception | None = None
         """What ended the thread's work."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -102,6 +112,7 @@ class EngineThread:
 
     def start(self) -> None:
         """Begin to compute."""
+        sys.setswitchinterval(SWITCH_S)
         self._thread.start()
 
     def close(self) -> None:
@@ -178,7 +189,7 @@ class EngineThread:
             ) as error:  # whatever it is: it must not end the other lanes, and its readers must hear of it
                 self._fail(name, error)
             else:
-                self._deliver(events)
+                self._deliver(self._gathered(name, events))
 
     def _enter(self, ticket: Ticket) -> None:
         if ticket.is_cancelled:
@@ -251,8 +262,26 @@ class EngineThread:
 
     def _leave(self, ticket: Ticket) -> None:
         for request in ticket.requests:
+            self._held.pop(request, None)
             if self._tickets.pop(request, None) is not None:
                 self._sessions[ticket.lane].cancel(request)
+
+    def _gathered(self, lane: str, events: list[Event]) -> list[Event]:
+        """What is to be shown now of a step's events and of those held back before; a step may be shorter than SHOW_S."""
+        now = time.monotonic()
+        is_due = now - self._shown_s[lane] >= SHOW_S
+        if is_due:
+            self._shown_s[lane] = now
+        shown = []
+        for event in events:
+            if held := self._held.pop(event.request, None):
+                event = event.after(held)
+            is_first = len(event.token_ids) == len(event.request.token_ids)
+            if is_due or is_first or event.finish_reason is not None:
+                shown.append(event)
+            else:
+                self._held[event.request] = event
+        return shown
 
     def _deliver(self, events: list[Event]) -> None:
         news: dict[Ticket, list[Progress]] = {}

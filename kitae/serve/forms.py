@@ -30,12 +30,7 @@ Thinking = Literal["none", "may", "must"]
 MAX_SCHEMA_BYTES = 1 << 16
 KEPT_FORMS = 32
 """Compiled schemas that are kept for the next request with the same one."""
-LIMITS = {
-    "step_max_items": 20_000,
-    "max_lexer_states": 25_000,
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,
-}
+LIMITS: dict[str, Any] = {"step_max_items": 20_000, "max_lexer_states": 25_000, "max_grammar_size": 200_000}
 """Of the library: a step takes some tens of milliseconds at the worst, and a completion's state some tens of MB."""
 WHITE_SPACE = r"[ ]|\n[ \t]{0,32}"
 """Between the parts of JSON: one space, or a line feed and an indent. Without a bound a model may go on with it for ever."""
@@ -78,7 +73,10 @@ class Forms:
             options = {"whitespace_pattern": WHITE_SPACE, "lenient": False}
             own = json.dumps(schema | {"x-guidance": options})
             found = LLMatcher(
-                self._tokens(), GRAMMARS[thinking] + own, log_level=0, limits=LLParserLimits(**LIMITS)
+                self._tokens(),
+                GRAMMARS[thinking] + own,
+                log_level=0,
+                limits=LLParserLimits(verbose_errors=False, **LIMITS),
             )
             if not found.is_error():
                 found.compute_bitmask()  # a schema that leaves no first token is found out here

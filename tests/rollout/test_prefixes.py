@@ -70,10 +70,10 @@ def test_a_text_that_begins_as_one_before_is_computed_from_where_it_differs(
 ):
     session = engine_of(policy, kernels).open_session()
     shared = [3 + i % 50 for i in range(40)]
-    (first,) = add(session, shared + [7, 8], length=30)
+    (first,) = add(session, [*shared, 7, 8], length=30)
     run(session)
     computed.clear()
-    add(session, shared + [9], length=1)  # the same 32 tokens in two pages, and 9 more
+    add(session, [*shared, 9], length=1)  # the same 32 tokens in two pages, and 9 more
     run(session)
     assert computed == [9]
     computed.clear()
@@ -88,7 +88,7 @@ def test_prompts_that_enter_together_share_what_they_have_in_common(
     session = engine_of(policy, kernels).open_session(longest=64)
     shared = list(range(3, 35))
     for end in range(4):
-        add(session, shared + [end + 40], length=1)
+        add(session, [*shared, end + 40], length=1)
     session.step()
     assert sum(computed) == 33 + 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +85,43 @@ def test_prompts_admitted_together_stay_below_the_prefill_limit_but_a_long_one_e
     assert [len(scheduler.admit()) for _ in range(4)] == [2, 2, 1, 0]
     scheduler = scheduler_of(groups_of([1, 1], prompt_length=400), max_rows=8, max_prefill_tokens=100)
     assert [len(scheduler.admit()) for _ in range(3)] == [1, 1, 0]
+
+
+def test_a_group_waits_for_memory_or_enters_in_part_where_nothing_runs():
+    room = 2
+
+    def fits(group: Sequence[Request], running: Sequence[Request]) -> int:
+        count = min(len(group), room - len(running))
+        return count if count == len(group) or not running else 0
+
+    scheduler = Scheduler(max_rows=8, room=fits)
+    for group in groups_of([3, 1]):
+        scheduler.add(group)
+    numbers = [[r.sample_number for r in group] for group in scheduler.admit()]
+    assert (numbers, scheduler.num_waiting) == ([[0, 1]], 2)
+    assert scheduler.admit() == []
+    room = 4
+    assert [[(r.problem_number, r.sample_number) for r in g] for g in scheduler.admit()] == [
+        [(0, 2)],
+        [(1, 0)],
+    ]
+
+
+def test_the_row_that_entered_last_is_put_back_before_all_that_wait():
+    scheduler = scheduler_of(groups_of([2, 2, 1]), max_rows=4)
+    scheduler.admit()
+    step(scheduler)
+    back = [scheduler.put_back() for _ in range(3)]
+    assert [(r.problem_number, r.sample_number) for r in back] == [(1, 1), (1, 0), (0, 1)]
+    assert (len(scheduler.running), scheduler.num_waiting, scheduler.is_done) == (1, 4, False)
+    entered = scheduler.admit()
+    assert [[(r.problem_number, r.sample_number) for r in g] for g in entered] == [
+        [(0, 1)],
+        [(1, 0)],
+        [(1, 1)],
+    ]
+    assert [len(r.token_ids) for g in entered for r in g] == [1, 1, 1]
+    assert sorted(r.slot for r in scheduler.running) == [0, 1, 2, 3]
 
 
 def test_a_group_larger_than_all_slots_enters_in_parts():

@@ -54,6 +54,32 @@ def test_half_a_character_waits_for_the_other_half_and_is_shown_at_the_end():
     assert growing.take(is_last=True) == "\ufffd"
 
 
+@given(
+    st.text(alphabet="ab\u00e9\u6f22\U0001f600", max_size=30),
+    st.lists(st.integers(1, 9), min_size=40, max_size=40),
+)
+def test_tokens_taken_several_at_a_time_give_the_same_text_and_show_whole_characters(
+    text: str, counts: list[int]
+):
+    growing, ids, shown = GrowingText(decode), list(text.encode()), ""
+    while ids:
+        count = counts.pop(0)
+        read, ids = ids[:count], ids[count:]
+        for token in read:
+            growing.add(token)
+        shown += growing.take(is_last=False)
+        whole = text.encode()[: len(text.encode()) - len(ids)]
+        assert shown == whole.decode(errors="ignore")
+    assert shown + growing.take(is_last=True) == text
+
+
+def test_a_text_that_ends_within_a_character_says_so():
+    growing = GrowingText(decode)
+    for token in "ab\u6f22".encode()[:-1]:
+        growing.add(token)
+    assert growing.take(is_last=True) == "ab\ufffd"
+
+
 def test_the_first_of_several_stop_strings_counts():
     assert first_stop("one two", ["two", "one"]) == 0
     assert first_stop("one two", ["three"]) is None

@@ -33,7 +33,11 @@ def test_it_completes_as_the_same_model_with_a_template_does(untemplated, tiny):
     finally:
         templated.close()
     held = untemplated.client().completions.create(
-        model="tiny", prompt="a", max_tokens=60, extra_body={"response_format": {"type": "json_object"}}, seed=3
+        model="tiny",
+        prompt="a",
+        max_tokens=60,
+        extra_body={"response_format": {"type": "json_object"}},
+        seed=3,
     )
     assert held.choices[0].finish_reason == "length" or isinstance(json.loads(held.choices[0].text), dict)
 

@@ -88,7 +88,9 @@ def test_thinking_that_comes_apart_is_shown_and_not_sent_back(endpoint, chat):
     ]
     assert sent["chat_template_kwargs"] == {"enable_thinking": False, "thinking": False}
     assert sent["top_k"] == 5
-    assert sent.keys() == {"model", "messages", "stream", "top_k", "chat_template_kwargs"}, "the rest is the server's"
+    assert sent.keys() == {"model", "messages", "stream", "top_k", "chat_template_kwargs"}, (
+        "the rest is the server's"
+    )
     assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 

@@ -28,6 +28,11 @@ def test_every_path_but_health_needs_the_token(running, key):
     assert running.ask("GET", "/health", key=None)[0] == 200
 
 
+def test_an_address_with_a_slash_at_its_end_is_the_same_one(running):
+    assert running.ask("GET", "//v1/models")[0] == 200
+    assert running.ask("GET", "//v1/models", key=None)[0] == 401
+
+
 def test_unknown_paths_and_methods_have_openai_s_form(running):
     status, _, content = running.ask("GET", "/v1/embeddings")
     assert status == 404 and "there is nothing at /v1/embeddings" in json.loads(content)["error"]["message"]
@@ -245,8 +250,12 @@ def test_a_client_that_goes_away_frees_its_rows_at_once(running, stream):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body.encode())
         assert wait_for(lambda: running.engine.num_running == 4)
+        requests = list(running.engine._tickets)
         connection.close()
         assert wait_for(lambda: running.engine.num_running == 0 and running.engine.num_open == 0, timeout_s=2)
+        assert [request.finish_reason for request in requests] == ["cancelled"] * 4, (
+            "none of them ended by itself"
+        )
 
 
 def test_a_full_queue_is_429_and_the_rest_is_unharmed(thinker):

@@ -17,10 +17,14 @@ static void put(f32x16 found, int64_t parts, float* to) {
     for (int lane = 0; lane < LANES && lane < parts; lane++) to[lane] = found[lane];
 }
 
-// To the nearest, ties to even, of magnitudes below 2^22.
+// To the nearest, ties to even. (Adding 1.5 * 2^23 would be fused with the product before, whose halves then move.)
 static f32x16 nearest(f32x16 x) {
-    const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23
-    return (x + shift) - shift;
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    for (int lane = 0; lane < LANES; lane++) x[lane] = __builtin_rintf(x[lane]);
+    return x;
+#endif
 }
 
 static f32x16 between(f32x16 x, float low, float high) {

@@ -56,11 +56,16 @@ inline void store(float* to, f32x16 x) { std::memcpy(to, &x, sizeof x); }
 
 // Rounds to the nearest, ties to even; a NaN stays one.
 inline void store(bf16* to, f32x16 x) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &half, sizeof half);
+#else
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     u32x16 is_nan = (u32x16)(x != x);
     u16x16 half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), u16x16);
     std::memcpy(to, &half, sizeof half);
+#endif
 }
 
 inline float to_float(float x) { return x; }

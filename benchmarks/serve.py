@@ -1,4 +1,4 @@
-"""kitae's server against llama.cpp's, many chats at a time: `python benchmarks/serving.py`.
+"""kitae's server against llama.cpp's, many chats at a time: `python benchmarks/serve.py`.
 
 A Qwen3-like model of 30 M parameters with random weights, in bfloat16. Each chat has the same system prompt and a question
 of its own, and an answer of log-normal length (median 100 tokens, at most 256); 1, 16 or 64 of them run at a time, the next
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import harness
 import llama_cpp
 import rollout
-import serving_client
+import serve_client
 from harness import Contender, Measurement
 
 CONTENDERS = ("kitae", "llama.cpp")
@@ -122,8 +122,8 @@ def measure_load(server: Server, *, streams: int, sampling: str) -> dict[str, fl
     count = CHATS[streams]
     asked = chats(count + min(streams, 8), sampling=sampling)
     warm = [chat | {"max_tokens": 8} for chat in asked[count:]]
-    serving_client.talk(server.port, KEY, warm, streams=len(warm))
-    load = serving_client.talk(server.port, KEY, asked[:count], streams=streams)
+    serve_client.talk(server.port, KEY, warm, streams=len(warm))
+    load = serve_client.talk(server.port, KEY, asked[:count], streams=streams)
     waited = sorted(1e3 * answer.first_token_s for answer in load.answers)
     return {
         "tokens_per_s": load.tokens_per_s,
@@ -148,7 +148,7 @@ def overhead_ms(server: Server, folder: Path, *, sampling: str) -> float:
     differences = []
     for chat in chats(PAIRS, sampling=sampling, seed=1):
         asked = chat | {"max_tokens": PAIR_TOKENS}
-        load = serving_client.talk(server.port, KEY, [asked], streams=1)
+        load = serve_client.talk(server.port, KEY, [asked], streams=1)
         token_ids, _ = opened.template.prompt(chat["messages"])
         problem = Problem(prompt="", token_ids=token_ids, index=0)
         started = time.perf_counter()
