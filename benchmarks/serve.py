@@ -145,18 +145,19 @@ def overhead_ms(server: Server, folder: Path, *, sampling: str) -> float:
     opened = open_model(UseSettings(model=str(folder), engine="native", dtype="bfloat16", device="cpu"))
     session = opened.engine.open_session()
     how = SamplingSettings(max_new_tokens=PAIR_TOKENS, **SAMPLING[sampling])
-    differences = []
-    for chat in chats(PAIRS, sampling=sampling, seed=1):
-        asked = chat | {"max_tokens": PAIR_TOKENS}
-        load = serve_client.talk(server.port, KEY, [asked], streams=1)
+
+    def by_engine(chat: dict[str, Any]) -> float:
         token_ids, _ = opened.template.prompt(chat["messages"])
         problem = Problem(prompt="", token_ids=token_ids, index=0)
         started = time.perf_counter()
         session.add(problem, limits=[PAIR_TOKENS], sampling=how, seed=chat["seed"], wants_text=True)
         while not session.is_idle:
             session.step(within_s=STEP_S)
-        differences.append(1e3 * (load.answers[0].seconds - (time.perf_counter() - started)))
-    return statistics.median(differences)
+        return time.perf_counter() - started
+
+    asked = [chat | {"max_tokens": PAIR_TOKENS} for chat in chats(PAIRS, sampling=sampling, seed=1)]
+    taken = serve_client.alternate(server.port, KEY, asked, by_engine)
+    return statistics.median(1e3 * (over_http - alone) for over_http, alone in taken)
 
 
 def worker(args: argparse.Namespace) -> None:

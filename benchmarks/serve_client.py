@@ -1,6 +1,6 @@
 """Many chats at a time over HTTP, streamed, from one thread: requests in, times and token counts out.
 
-    queue of chats --a connection for each--> server --server-sent events--> Answer
+    queue of chats --a connection per stream--> server --server-sent events--> Answer
 
 It shares the cores with the server it measures, so it does little: of an answer it looks for the first text and, at
 the end, for the token counts; it parses nothing else.
@@ -12,7 +12,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,29 @@ def talk(port: int, key: str, chats: Sequence[dict[str, Any]], *, streams: int) 
     return asyncio.run(_talk(port, key, chats, streams=streams))
 
 
+def alternate(
+    port: int, key: str, chats: Sequence[dict[str, Any]], otherwise: Callable[[dict[str, Any]], float]
+) -> list[tuple[float, float]]:
+    """Seconds of each chat over one connection, and those that `otherwise` gives for it, in turns."""
+
+    async def run() -> list[tuple[float, float]]:
+        connection = Connection(port)
+        found = [((await connection.ask(_request(key, chat))).seconds, otherwise(chat)) for chat in chats]
+        connection.close()
+        return found
+
+    return asyncio.run(run())
+
+
 async def _talk(port: int, key: str, chats: Sequence[dict[str, Any]], *, streams: int) -> Load:
     queue = [_request(key, chat) for chat in reversed(chats)]
     answers: list[Answer] = []
 
     async def stream() -> None:
+        connection = Connection(port)
         while queue:
-            answers.append(await _ask(port, queue.pop()))
+            answers.append(await connection.ask(queue.pop()))
+        connection.close()
 
     started = time.perf_counter()
     async with asyncio.timeout(TIMEOUT_S), asyncio.TaskGroup() as group:
@@ -81,22 +97,51 @@ def _request(key: str, chat: dict[str, Any]) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
-async def _ask(port: int, request: bytes) -> Answer:
-    started = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(request)
-    first_token_s = 0.0
-    found = bytearray()
-    while not found.endswith(END):
-        piece = await reader.read(1 << 16)
-        if not piece:
-            break
-        found += piece
-        if not first_token_s and FIRST_TEXT.search(found):
-            first_token_s = time.perf_counter() - started
-    seconds = time.perf_counter() - started
-    writer.close()
-    counts = [pattern.findall(found) for pattern in (PROMPT_TOKENS, COMPLETION_TOKENS)]
-    if not found.startswith(b"HTTP/1.1 200") or not all(counts):
-        raise RuntimeError("no whole answer: " + found[-2000:].decode(errors="replace"))
-    return Answer(first_token_s or seconds, seconds, *(int(count[-1]) for count in counts))
+class Connection:
+    """One request after the other, on one connection as long as the server keeps it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    def close(self) -> None:
+        """No more requests."""
+        if self._streams is not None:
+            self._streams[1].close()
+        self._streams = None
+
+    async def ask(self, request: bytes) -> Answer:
+        """Send it, and read all of its answer."""
+        started = time.perf_counter()
+        if self._streams is not None:
+            answer = await self._read(request, started)
+            if answer is not None:
+                return answer
+            self.close()  # the server has closed it after the answer before
+        self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        answer = await self._read(request, started)
+        if answer is None:
+            raise RuntimeError("the server closed the connection without an answer")
+        return answer
+
+    async def _read(self, request: bytes, started: float) -> Answer | None:
+        """The answer; None where the connection is closed."""
+        assert self._streams is not None
+        reader, writer = self._streams
+        first_token_s = 0.0
+        found = bytearray()
+        try:
+            writer.write(request)
+            while not found.endswith(END) and (piece := await reader.read(1 << 16)):
+                found += piece
+                if not first_token_s and FIRST_TEXT.search(found):
+                    first_token_s = time.perf_counter() - started
+        except ConnectionError:
+            return None
+        if not found:
+            return None
+        seconds = time.perf_counter() - started
+        counts = [pattern.findall(found) for pattern in (PROMPT_TOKENS, COMPLETION_TOKENS)]
+        if not found.startswith(b"HTTP/1.1 200") or not all(counts):
+            raise RuntimeError("no whole answer: " + found[-2000:].decode(errors="replace"))
+        return Answer(first_token_s or seconds, seconds, *(int(count[-1]) for count in counts))

@@ -63,7 +63,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.main_grad = getattr(weight_OI, "main_grad", None)
-        y_TO = grouped.product(Rows(_matrix(x)), weight_OI.detach()[None], _one_group(x.numel() // x.shape[-1]))
+        y_TO = grouped.product(
+            Rows(_matrix(x)), weight_OI.detach()[None], _one_group(x.numel() // x.shape[-1])
+        )
         return y_TO.view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod

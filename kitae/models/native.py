@@ -334,6 +334,7 @@ def grouped_product(
 ) -> None:
     """Into, or onto, `out`: rows of x, sorted by group, times their group's W^T or W; sizes_E of the groups is int64."""
     depth, columns = weight_EOI.shape[:0:-1] if is_transposed else weight_EOI.shape[1:]
+    assert depth * x.itemsize % 4 == 0, f"{depth} numbers of {x.dtype} are no whole words"
     shape = (len(sizes_E), weight_EOI, is_transposed, depth, columns)
     _call("kitae_grouped_product", x, x, index_S, sizes_E, *shape, adds, out)
 

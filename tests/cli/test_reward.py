@@ -120,7 +120,9 @@ def test_what_fails_is_reported_with_its_rows_and_stops_nothing(lab, tmp_path):
     assert found["scored"] == 1
     assert found["unscored"] == {
         "mine.py:picky raised KeyError: 'level'": ["rows.jsonl:2", "rows.jsonl:5"],
-        "mine.py:picky took more than reward.timeout_s = 0.3 s of CPU time, or 1.5 s in all": ["rows.jsonl:3"],
+        "mine.py:picky took more than reward.timeout_s = 0.3 s of CPU time, or 1.5 s in all": [
+            "rows.jsonl:3"
+        ],
         "could not be scored": ["rows.jsonl:4"],
     }
     assert "2 x mine.py:picky raised KeyError: 'level' (rows.jsonl:2, rows.jsonl:5)" in out

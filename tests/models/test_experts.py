@@ -13,6 +13,7 @@ from kitae.models.experts import ROUND_TO, ExpertAdapter, experts_forward
 from kitae.models.grouped import Groups, Rows
 from tests.models.test_adapted import Products
 
+SIZES = [(2, 2), (6, 16), (34, 66), (256, 150)]
 E, H, I, K, R = 6, 16, 8, 2, 3  # noqa: E741  # I is the inner size, as in experts.py
 
 
@@ -154,8 +155,13 @@ def test_gates_and_sizes_the_kernels_do_not_know_go_by_torchs_products():
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("depth", "columns"), [(2, 1), (6, 16), (34, 65), (256, 150)])
+@pytest.mark.parametrize(
+    ("depth", "columns", "dtype"),
+    [
+        *((1, 1, torch.float32), (5, 65, torch.float32)),
+        *((*sizes, dtype) for sizes in SIZES for dtype in (torch.float32, torch.bfloat16)),
+    ],
+)
 def test_grouped_products_equal_one_product_for_each_group(depth, columns, dtype):
     """Groups of none, one and many rows, whose number is odd; rows by index; panels that are not full."""
     sizes = [7, 0, 1, 40, 0]
