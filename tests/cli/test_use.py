@@ -299,7 +299,7 @@ def test_trace_prints_every_station_with_the_numbers_of_the_run(kitae, files, ti
 @pytest.mark.parametrize("rank", [0, 4])
 def test_trace_of_grpo_samples_and_judges_a_group(kitae, files, tiny, rank):
     (files / "run.toml").write_text(
-        f'[model]\nname_or_path = "{tiny()}"\n[data]\ntrain = "rl.jsonl"\nsystem_prompt = ""\n'
+        f'[model]\nname_or_path = "{tiny()}"\ndtype = "float32"\n[data]\ntrain = "rl.jsonl"\nsystem_prompt = ""\n'
         f"[rollout]\nnum_generations = 3\nmax_new_tokens = 4\n[lora]\nrank = {rank}\n[grpo]\nkl_coef = 0.1\n"
     )
     code, out, _ = kitae("trace", "run.toml", "--json", "trace.json")
