@@ -195,7 +195,7 @@ class BatchTrainSettings(TrainSettings):
     """How long to train, on how many rows at a time, and what makes a run repeatable."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
-    """Most rows per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The result depends on rows
+    """Most rows per forward pass and rank; a CPU also takes no more than 2,048 tokens at once. The result depends on rows
     per step only."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimizer step; rows per step = this x per_device_train_batch_size x ranks."""
@@ -207,7 +207,7 @@ class PairTrainSettings(TrainSettings):
     """How long to train, on how many pairs at a time, and what makes a run repeatable."""
 
     per_device_train_batch_size: int = Field(8, ge=1)
-    """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 1,024 tokens at once. The
+    """Most pairs (kto: completions) per forward pass and rank; a CPU also takes no more than 2,048 tokens at once. The
     result depends on pairs per step only."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Forward passes per optimizer step; pairs per step = this x per_device_train_batch_size x ranks."""
@@ -349,7 +349,7 @@ class RolloutSettings(CompletionSettings):
     epochs_per_round: int = Field(1, ge=1)
     """Passes over a round's rollouts."""
     rows_per_forward: int = Field(64, ge=1)
-    """Most completions per forward pass of the update; a CPU also takes no more than 1,024 tokens at once. The result does
+    """Most completions per forward pass of the update; a CPU also takes no more than 2,048 tokens at once. The result does
     not depend on it."""
     mask_truncated: bool = False
     """Take completions cut at max_new_tokens out of the loss; their reward counts in the group's mean all the same."""

@@ -71,21 +71,21 @@ With *P* all weights, *t* those that train (all of them, or adapters of *rank* x
 | moments | `adamw` 8 *t*, `adamw_8bit` 2 *t*, `adafactor` almost none |
 | native sampling on a CPU | *b P*, less an embedding that is no head; int8 uses half; none in generic or nf4 |
 | activations of a pass of *T* tokens | *b T* x layers x (4 hidden + 2 (queries + keys) + 3 intermediate) |
-| the same with `model.gradient_checkpointing` | *b T* x layers x hidden, and one layer as above; about a third more time |
-| ... set to `offload`, on a GPU | one layer as above; the *b T* x layers x hidden wait in the host's memory, and are copied twice |
+| the same with `gradient_checkpointing` | *b T* x layers x hidden, and one layer as above; about a third more time |
+| ... set to `offload`, on a GPU | one layer as above; *b T* x layers x hidden in the host's memory, copied twice |
 
 *Queries* and *keys* are heads x head size; models that norm them (Qwen3) keep them a third time. Latent attention and routed
 experts have their own sums in `kitae/models/activations.py`. Where no compiler makes the kernels, a CPU keeps up to twice as
 much. Beside these there are keys and values while sampling (`rollout.kv_cache_tokens`), the process itself (0.4 GiB of
-Python and torch), what the matrix products' library keeps prepared, the logits of one chunk (12 MiB on a CPU, 256 MiB on a
-GPU), and what an allocator cannot use again.
+Python and torch), what the matrix products' library keeps prepared, the logits of one chunk (4 to 12 MiB
+on a CPU, 256 MiB on a GPU), and what an allocator cannot use again.
 
 `model.gradient_checkpointing = "auto"` takes the first of false, true and offload whose largest pass fits into what is free
-once the weights are loaded, and logs the prices it compared. A second model that a run loads later (a reference, a critic) is
-not in that sum. On a CPU offload does the same as true, and the log says so. Offloading was tested on a CPU, where the copies
+once the weights are loaded, and logs the prices it compared. A second model that a run loads later (a reference, a critic)
+is not in that sum. On a CPU offload does the same as true, and the log says so. Offloading was tested on a CPU, where copies
 change no bit of a gradient; it was not run on a GPU.
 
-A pass has the rows of `train.per_device_train_batch_size`, in parts of at most 1,024 tokens on a CPU unless one row alone
+A pass has the rows of `train.per_device_train_batch_size`, in parts of at most 2,048 tokens on a CPU unless one row alone
 is longer. If a pass does not fit after all, a single process halves it, with the same result
 ([troubleshooting](troubleshooting.md)).
 
