@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kitae.config import SeamSettings
 from kitae.plugins import names_in
 from kitae.recipes._run import run_recipe
 from kitae.settings import resolve, settings_class
@@ -101,7 +102,7 @@ def train(method: Method, *, files: Path, output_dir: Path, kind: str = "full", 
     }
     given = merged(merged(merged(common, method.settings), OF_KIND[kind]), method.of_kind[kind])
     if is_golden:
-        seams = dict.fromkeys(("attention", "head", "experts", "rmsnorm"), False)
+        seams = dict.fromkeys(SeamSettings.model_fields, False)
         exact = {"model": {"seams": seams}, "train": {"max_steps": GOLDEN_STEPS}, "log": {"steps": 1}}
         given = merged(merged(given, exact), method.golden)
     with working_in(files):
