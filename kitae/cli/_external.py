@@ -85,6 +85,10 @@ def _for_gpus(use: Settings, name: str, adapters: dict[str, Path], common: dict[
         data=DataSettings(system_prompt=use.system_prompt, template=use.template),
         must_chat=False,
     )
+    require(
+        template.can_chat or not use.system_prompt,
+        f"--system_prompt has no effect: {use.model} has no chat template; leave it out, or name one with --template",
+    )
     config = files.read_config(found.folder)
     unknown = sorted(
         set(template.stop_ids) - _stops_it_reads(found.folder, config, template.tokenizer.eos_token_id)

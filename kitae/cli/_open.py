@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from kitae.config import DataSettings, ModelSettings, SamplingSettings
+from kitae.config import DataSettings, ModelSettings, SamplingSettings, require
 from kitae.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,6 +137,10 @@ def open_model(
         data=data,
         default_system_prompt=default_system_prompt,
         must_chat=must_chat and not use.raw,
+    )
+    require(
+        template.can_chat or not use.system_prompt,
+        f"system_prompt has no effect: {model.name_or_path} has no chat template; leave it out, or set template",
     )
     if is_here:
         for difference in template.differences(model.name_or_path):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitae.errors import KitaeError, ModelError
+from kitae.errors import KitaeError, MissingExtraError, ModelError, PlanError
 from kitae.export.convert import How
 from kitae.export.gguf_lora import check_lora
 from kitae.export.gguf_read import Opened, open_gguf
@@ -123,6 +123,8 @@ def verify(
                 _check_adapter(row, path, source)
             else:
                 _check(row, path, source, asked, threads=threads)
+        except (PlanError, MissingExtraError):  # this machine cannot run it, which is no fault of the export
+            raise
         except KitaeError as error:
             row.failures.append(str(error))
         rows.append(row)

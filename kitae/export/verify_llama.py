@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kitae import backends
-from kitae.errors import ModelError
+from kitae.errors import ModelError, PlanError
 from kitae.export.verify_answers import Answers, Exam, Question
 
 RETURNED = 4096
@@ -125,15 +125,17 @@ def _differences(said: dict[str, Any], questions: Sequence[Question]) -> list[st
 
 
 def _dense(row: list[list[list[Any]]]) -> Tensor:
+    """Log-probabilities as JSON has them, in which NaN is null, by position and token."""
     size = 1 + max(max(ids) for ids, _ in row)
     found = torch.full((len(row), size), -torch.inf)
     for position, (ids, logprobs) in enumerate(row):
-        found[position, torch.tensor(ids)] = torch.tensor(logprobs, dtype=torch.float32)
+        known = [math.nan if value is None else value for value in logprobs]
+        found[position, torch.tensor(ids)] = torch.tensor(known, dtype=torch.float32)
     return found
 
 
 def _is_finite(row: list[list[list[Any]]]) -> bool:
-    """Of log-probabilities as JSON has them, in which NaN is null."""
+    """Of log-probabilities as JSON has them."""
     return all(value is not None and math.isfinite(value) for _, logprobs in row for value in logprobs)
 
 
@@ -141,7 +143,7 @@ def _is_finite(row: list[list[list[Any]]]) -> bool:
 
 
 def run_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
-    """The worker's answer to a job; that it dies, or hangs, is a ModelError."""
+    """The worker's answer to a job; that it dies is a ModelError, that it hangs a PlanError."""
     with TemporaryDirectory(prefix="kitae-llama-") as name:
         asked, result = Path(name) / "job.json", Path(name) / "result.json"
         asked.write_text(json.dumps(job), encoding="utf-8")
@@ -151,7 +153,7 @@ def run_llama_cpp(job: dict[str, Any]) -> dict[str, Any]:
         try:
             code, output = watch(command, silent_s=SILENT_S + size / SLOWEST_READ)
         except TimeoutError as error:
-            raise ModelError(
+            raise PlanError(
                 f"llama.cpp hangs with {file}: {error}; it was stopped. Try again on an idle machine, or leave the check "
                 "out with --no_verify"
             ) from error

@@ -35,6 +35,8 @@ def chunked_logprobs(
 
     With `coefficients_N`, a weight's main_grad has its part of the gradient before the backward comes.
     """
+    if not torch.is_grad_enabled():
+        coefficients_N = None  # no backward comes, so main_grad must stay as it is
     if len(targets_N):
         native.check_ids(targets_N, len(weight_VH))
     rows = _rows_per_chunk(len(hidden_NH), len(weight_VH), weight_VH.element_size(), budget_bytes)

@@ -64,6 +64,11 @@ def open_engine(
             f"{own_names}quantization is int8 and {setting} generic, but only the native engine has 8-bit weights; set one "
             "of them otherwise"
         )
+    if kv_cache_tokens is not None and wanted == "generic":
+        raise ConfigError(
+            f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but only the native engine counts "
+            "tokens; leave one of them out"
+        )
     reason = None
     if wanted != "generic":
         reason = _why_not(policy, insists=wanted == "native" or is_int8, tokens=expected_tokens)

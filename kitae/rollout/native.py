@@ -37,6 +37,8 @@ PREFILL_TOKENS = 256
 """Prompt tokens of one pass."""
 IDLE_BYTES = 512 << 20
 """Keys and values that a session without an end keeps of texts that are done, so that others go on from them."""
+BELOW_ONE = 1 - 2**-24
+"""The largest number below 1 in float32."""
 LONGEST = 1 << 17
 """A row's most tokens, where neither the caller nor the model knows; only a first guess at memory depends on it."""
 
@@ -156,6 +158,7 @@ class NativeRows:
         stop_ids: frozenset[int],
     ) -> None:
         self._model, self._pages, self._budget, self._kernels = model, pages, budget, kernels
+        self._num_taken = model.num_taken
         self._pages_of: dict[Request, list[int]] = {}
         self._scratch, self._logits_BV, self._buffers = make_scratch(
             model, tokens=max(max_rows, PREFILL_TOKENS), logits=max_rows
@@ -173,11 +176,17 @@ class NativeRows:
         self._pages.prefixes.keep(request.problem.token_ids + request.token_ids[:-1], pages)
         self._pages.give_back(pages)
 
+    def _require_its_weights(self) -> None:
+        """Keys and values in the pages, those kept for later texts too, are of the weights the session began with."""
+        taken = self._model.num_taken
+        assert taken == self._num_taken, f"sync() number {taken} under a session of number {self._num_taken}"
+
     # prompts --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def enter(self, groups: list[list[Request]]) -> None:
         """Compute each group's prompt once, share its pages, and sample the next token of all its rows."""
+        self._require_its_weights()
         self._budget.settle()
         self._model.require_positions(
             max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
@@ -257,6 +266,7 @@ class NativeRows:
     @torch.no_grad()
     def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
         """The next tokens of every running row, up to the first that ends."""
+        self._require_its_weights()
         steps = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in scheduler.running))
         if within_s is not None:
             steps = min(steps, max(1, int(within_s / self._step_s)))
@@ -363,7 +373,9 @@ class _SamplingBuffers:
         self._stop_ids = stop_ids
         settings = [r.sampling for r in requests]
         self._top_ks = torch.tensor([s.top_k for s in settings], dtype=torch.int64)
-        self._top_ps = torch.tensor([s.top_p for s in settings], dtype=torch.float32)
+        # One just below 1 would be 1 in float32: off, and no id kept.
+        top_ps = [s.top_p if s.top_p == 1 else min(s.top_p, BELOW_ONE) for s in settings]
+        self._top_ps = torch.tensor(top_ps, dtype=torch.float32)
         self._log_min_ps = torch.tensor([s.min_p for s in settings], dtype=torch.float64).log().float()
         self._kept: Tensor | None = None
         if any(map(lists_kept_ids, requests)):

@@ -57,6 +57,8 @@ class PackedModel:
         self._tensors: dict[str, Tensor] = {}
         self._rotary = policy.causal_lm.get_decoder().rotary_emb
         self._num_positions = 0
+        self.num_taken = 0
+        """How often weights were taken; keys and values are those of one time."""
         first: Any = policy.layers[0]
         self.struct = structs.Model(
             layers=self.layers,
@@ -75,6 +77,7 @@ class PackedModel:
     @torch.no_grad()
     def take(self, policy: Policy) -> None:
         """Copy the policy's present weights; they must be whole on this rank."""
+        self.num_taken += 1
         for number, (layer, block) in enumerate(zip(self.layers, policy.layers, strict=True)):
             attention: Any = block.self_attn
             if self.struct.latent.latent:

@@ -163,7 +163,10 @@ class SessionEngine(Protocol):
     decode: Callable[[list[int]], str]
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
-        """A session without requests; at most `max_rows` rows run at a time, and none has more than `longest` tokens."""
+        """A session without requests; at most `max_rows` rows run at a time, and none has more than `longest` tokens.
+
+        It ends with the next sync() of the engine: what it has computed is of the weights before.
+        """
         ...
 
 

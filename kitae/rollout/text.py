@@ -14,6 +14,8 @@ UNDECIDED = "\ufffd"
 """What a decoder writes for the beginning of a character whose other bytes have not come yet."""
 LONGEST_CHARACTER = 4
 """Bytes of a character in UTF-8, and so the most tokens that are a part of one."""
+LONGEST_UNDECIDED = 64
+"""Tokens after which UNDECIDED is text: a model that repeats this character itself, or bytes that are none."""
 
 
 class GrowingText:
@@ -34,11 +36,16 @@ class GrowingText:
         """Take one more token; True where it completes a stop string."""
         self._ids.append(token)
         if self._stop:
-            self._read(len(self._ids))
+            self._read(len(self._ids), as_it_is=self._is_undecided_for_long())
         return self.is_stopped
 
-    def _read(self, end: int) -> bool:
-        """Decode the tokens before `end`; False where the last of them are a part of a character."""
+    def _is_undecided_for_long(self) -> bool:
+        return len(self._ids) - self._settled > LONGEST_UNDECIDED
+
+    def _read(self, end: int, *, as_it_is: bool = False) -> bool:
+        """Decode the tokens before `end`; False where the last of them seem to be a part of a character, unless they are to
+        be taken as they are.
+        """
         before = self._decode(self._ids[self._context : self._settled])
         added = self._decode(self._ids[self._context : end])[len(before) :]
         seen = self._held + added
@@ -46,7 +53,7 @@ class GrowingText:
             self._new += seen[:stop]
             self._held = self._undecided = ""
             self.is_stopped = True
-        elif added.endswith(UNDECIDED):
+        elif added.endswith(UNDECIDED) and not as_it_is:
             self._undecided = added
             return False
         else:
@@ -62,7 +69,8 @@ class GrowingText:
         if not self._stop and self._settled < count:
             # The last tokens may be a part of a character: those before them are shown.
             ends = range(count, max(count - LONGEST_CHARACTER, self._settled), -1)
-            any(map(self._read, ends))
+            if not any(map(self._read, ends)) and self._is_undecided_for_long():
+                self._read(count, as_it_is=True)
             if is_last and self._settled < count:
                 self._read(count)
         if is_last:

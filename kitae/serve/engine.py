@@ -99,8 +99,8 @@ class EngineThread:
         self._sessions: dict[str, Session] = {lane.name: lane.open_session() for lane in lanes}
         self._tickets: dict[Request, tuple[Ticket, int]] = {}
         self._scoring: deque[tuple[Ticket, Iterator[None]]] = deque()
-        self._held: dict[Request, Event] = {}
-        """What their readers have not been shown yet."""
+        self._held: dict[str, dict[Request, Event]] = {name: {} for name in self.lanes}
+        """What each lane's readers have not been shown yet."""
         self._shown_s = dict.fromkeys(self.lanes, -math.inf)
         """When each lane's readers were last shown everything."""
         self._end: Exception | None = None
@@ -246,6 +246,8 @@ class EngineThread:
     def _add(self, ticket: Ticket, job: Job) -> None:
         if not job.limits:
             return
+        # Before the session has them: a request that fails leaves nothing there.
+        constraints = [job.new_constraint() if job.new_constraint else None for _ in job.limits]
         requests = self._sessions[ticket.lane].add(
             job.problem,
             limits=job.limits,
@@ -254,15 +256,15 @@ class EngineThread:
             wants_text=True,
             num_top_logprobs=job.num_top_logprobs,
         )
-        for request in requests:
+        for request, constraint in zip(requests, constraints, strict=True):
             request.wants_kept_ids = False
-            request.constraint = job.new_constraint() if job.new_constraint else None
+            request.constraint = constraint
             self._tickets[request] = (ticket, len(ticket.requests))
             ticket.requests.append(request)
 
     def _leave(self, ticket: Ticket) -> None:
         for request in ticket.requests:
-            self._held.pop(request, None)
+            self._held[ticket.lane].pop(request, None)
             if self._tickets.pop(request, None) is not None:
                 self._sessions[ticket.lane].cancel(request)
 
@@ -272,15 +274,18 @@ class EngineThread:
         is_due = now - self._shown_s[lane] >= SHOW_S
         if is_due:
             self._shown_s[lane] = now
-        shown = []
+        shown, held = [], self._held[lane]
         for event in events:
-            if held := self._held.pop(event.request, None):
-                event = event.after(held)
+            if earlier := held.pop(event.request, None):
+                event = event.after(earlier)
             is_first = len(event.token_ids) == len(event.request.token_ids)
             if is_due or is_first or event.finish_reason is not None:
                 shown.append(event)
             else:
-                self._held[event.request] = event
+                held[event.request] = event
+        if is_due:  # a row that waits again for memory (rollout/budget.py) has no event of its own
+            shown += held.values()
+            held.clear()
         return shown
 
     def _deliver(self, events: list[Event]) -> None:

@@ -54,7 +54,10 @@ class Forms:
 
     async def compile(self, schema: dict[str, Any], *, thinking: Thinking) -> Callable[[], Constraint]:
         """What makes the constraint of each completion; a Refusal where the schema cannot be followed."""
-        text = json.dumps(schema)
+        try:
+            text = json.dumps(schema)
+        except RecursionError as error:  # Python reads JSON a little deeper than it writes it from here
+            raise _refusal("the schema is nested too deeply") from error
         if len(text) > MAX_SCHEMA_BYTES:
             raise _refusal(f"the schema has {len(text):,} bytes; {MAX_SCHEMA_BYTES:,} are allowed")
         loop = asyncio.get_running_loop()

@@ -142,7 +142,8 @@ def sequence_level(value: Any) -> Unset:
 
 
 def checkpointing(value: Any) -> Any:
-    return True if value == "unsloth" else value if value in ("offload", "auto") else switch(value)
+    word = str(value).lower()
+    return True if word == "unsloth" else word if word in ("offload", "auto") else switch(value)
 
 
 DTYPES = {
@@ -223,10 +224,10 @@ def _hugging_face() -> list[Alias]:
         ),
         a.limited("--load_in_8bit", "8-bit base weights", is_switch=True),
         a.maps("--gradient_checkpointing", "model.gradient_checkpointing", checkpointing, is_switch=True),
-        a.maps(
+        a.together(
             "--activation_offloading",
             "model.gradient_checkpointing",
-            lambda v: "offload" if switch(v) else Unset(),
+            "offload, also beside --gradient_checkpointing true",
             is_switch=True,
         ),
         a.maps("--torch_compile", "model.torch_compile", switch, is_switch=True),

@@ -49,7 +49,8 @@ _TRAIN_GRPO = ("num_collect_steps", "num_update_steps", "experience_batch_size")
 def apply(draft: Draft) -> None:
     """Run every rule; each does nothing where its flags are absent."""
     for rule in (
-        _resume, _data_files, _precision, _plugin, _use_peft, _reporting, _saving, _evaluation, _do_sample, _rewards,
+        _resume, _data_files, _precision, _plugin, _activation_offloading, _use_peft, _reporting, _saving,
+        _evaluation, _do_sample, _rewards,
     ):  # fmt: skip
         rule(draft)
     if draft.command == "grpo":
@@ -177,6 +178,15 @@ def _plugin(draft: Draft) -> None:
             raise ConfigError(f"{given.origin.where} is {given.value!r}; choose one of {', '.join(known)}")
         what = "CPU offload is not there yet, and ranks" if given.value == "zero2_cpu" else "ranks"
         draft.warn(f"{given.origin.where} {given.value} has no effect: {what} shard by FSDP2 by themselves")
+
+
+def _activation_offloading(draft: Draft) -> None:
+    for given in _taken(draft, "activation_offloading"):
+        if as_bool(given.value, given.origin.where):
+            name = "model.gradient_checkpointing"
+            if draft.has(name) and draft.value(name) is True:  # what is recomputed from is what is offloaded
+                del draft.values[name]
+            draft.put(name, "offload", given.origin)
 
 
 def _use_peft(draft: Draft) -> None:

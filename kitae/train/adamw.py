@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def fits(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> bool:
-    """Whether the kernel takes these: whole parameters on a CPU, in float32 or bfloat16, under plain AdamW."""
+    """Whether the kernel takes these: whole parameters on a CPU without gaps, in float32 or bfloat16, under plain AdamW."""
     return type(optimizer) is torch.optim.AdamW and all(
-        native.fits(slot.parameter) and native.fits(slot.master) for slot in slots
+        native.fits(slot.parameter) and native.fits(slot.master) and slot.parameter.is_contiguous()
+        for slot in slots
     )
 
 

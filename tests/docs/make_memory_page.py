@@ -77,8 +77,8 @@ With *P* all weights, *t* those that train (all of them, or adapters of *rank* x
 *Queries* and *keys* are heads x head size; models that norm them (Qwen3) keep them a third time. Latent attention and routed
 experts have their own sums in `kitae/models/activations.py`. Where no compiler makes the kernels, a CPU keeps up to twice as
 much. Beside these there are keys and values while sampling (`rollout.kv_cache_tokens`), the process itself (0.4 GiB of
-Python and torch), what the matrix products' library keeps prepared, the logits of one chunk (4 to 12 MiB
-on a CPU, 256 MiB on a GPU), and what an allocator cannot use again.
+Python and torch), what the matrix products' library keeps prepared, the logits of one chunk (256 MiB on a GPU; on a CPU
+192 rows, 56 MiB in bfloat16 where the vocabulary has 152,000 tokens), and what an allocator cannot use again.
 
 `model.gradient_checkpointing = "auto"` takes the first of false, true and offload whose largest pass fits into what is free
 once the weights are loaded, and logs the prices it compared. A second model that a run loads later (a reference, a critic)

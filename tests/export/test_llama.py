@@ -7,9 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 
-from kitae.errors import ModelError
+from kitae.errors import PlanError
 from kitae.export import verify_llama
+from kitae.export.verify import compare
 from kitae.export.verify_llama import run_llama_cpp, watch
 
 CHATTY = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.1)"
@@ -44,6 +46,13 @@ def test_a_hang_is_one_line(tmp_path, monkeypatch):
         verify_llama.subprocess, "Popen", lambda _, **options: real([sys.executable, "-c", SILENT], **options)
     )
     with pytest.raises(
-        ModelError, match=r"llama.cpp hangs with .*m.gguf: nothing came from it for .*--no_verify"
+        PlanError, match=r"llama.cpp hangs with .*m.gguf: nothing came from it for .*--no_verify"
     ):
         run_llama_cpp({"path": str(file)})
+
+
+def test_nan_which_json_has_as_null_is_a_difference_and_no_crash():
+    wanted = torch.full((2, 4), 0.25).log()
+    found = verify_llama._dense([[[3, 0, 1, 2], [None] * 4], [[0, 1, 2, 3], wanted[1].tolist()]])
+    _, kl, _ = compare(wanted, found)
+    assert kl[0].isnan() and kl[1] == 0

@@ -225,6 +225,15 @@ def without_room(monkeypatch):
     monkeypatch.setattr(verify_answers, "load_policy", load_policy)
 
 
+def test_what_this_machine_cannot_run_is_an_error_and_no_failure_of_the_export(model, monkeypatch):
+    def no_room(*_, **__):
+        raise PlanError("it needs more memory than there is")
+
+    monkeypatch.setattr("kitae.export.verify.answers_of_folder", no_room)
+    with pytest.raises(PlanError, match="more memory than there is"):
+        verify(str(model), [model])
+
+
 @pytest.mark.parametrize("is_large", [False, True])
 def test_a_file_whose_original_does_not_fit_into_memory_still_runs_in_llama_cpp(
     is_large, model, file, monkeypatch

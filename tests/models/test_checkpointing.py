@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from kitae.config import LoraSettings, ModelSettings, SeamSettings
+from kitae.errors import ConfigError
 from kitae.models import checkpointing
 from kitae.models.activations import activation_bytes, layer_input_bytes
 from kitae.recipes._passes import most_tokens
@@ -119,6 +120,9 @@ DISTILL = {"max_length": 50, "teacher.name_or_path": "t", "distill.on_policy_sha
         ("sft", {"per_device_train_batch_size": 4, "max_length": 1000}, 2048, 2048),
         ("sft", {"per_device_train_batch_size": 4, "max_length": 3000}, 2048, 3000),
         ("dpo", {"per_device_train_batch_size": 4, "max_length": 1000}, None, 8000),
+        ("dpo", {"per_device_train_batch_size": 4, "max_length": 1500}, 2048, 3000),
+        ("kto", {"per_device_train_batch_size": 4, "max_length": 1000}, None, 4000),
+        ("kto", {"per_device_train_batch_size": 4, "max_length": 1500}, 2048, 2048),
         ("grpo", {"rows_per_forward": 3, "max_prompt_length": 100, "max_new_tokens": 200}, None, 900),
         ("distill", {"per_device_train_batch_size": 2, **DISTILL}, None, 2 * (1024 + 512)),
     ],
@@ -133,6 +137,7 @@ def test_the_largest_pass_follows_from_the_settings(recipe, given, per_forward, 
     [
         ("--gradient_checkpointing offload", "offload"),
         ("--gradient_checkpointing auto", "auto"),
+        ("--gradient_checkpointing Offload", "offload"),
         ("--gradient_checkpointing", True),
         ("--gradient_checkpointing no", False),
         ("--model.gradient_checkpointing auto", "auto"),
@@ -140,6 +145,7 @@ def test_the_largest_pass_follows_from_the_settings(recipe, given, per_forward, 
         ("--model.gradient_checkpointing=false", False),
         ("--activation_offloading", "offload"),
         ("--activation_offloading false", False),
+        ("--gradient_checkpointing true --activation_offloading true", "offload"),
         ("", False),
     ],
 )
@@ -148,3 +154,13 @@ def test_the_setting_is_a_switch_with_two_more_words(words, value):
         "sft", [*words.split(), "--model_name_or_path", "m", "--dataset_name", "d"], world_size=1
     )
     assert cfg.model.gradient_checkpointing == value
+
+
+def test_offloading_without_recomputation_is_a_contradiction():
+    words = (
+        "--gradient_checkpointing false --activation_offloading true --model_name_or_path m --dataset_name d"
+    )
+    with pytest.raises(
+        ConfigError, match=r"given twice: --gradient_checkpointing .* and --activation_offloading"
+    ):
+        resolve("sft", words.split(), world_size=1)

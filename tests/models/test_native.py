@@ -232,6 +232,15 @@ def test_main_grad_gets_the_head_s_gradient_whatever_was_foretold(dtype, arrives
         assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+def test_main_grad_stays_as_it_is_where_no_backward_comes():
+    hidden, weight = rows_of(30, 24), rows_of(50, 24, seed=1).requires_grad_()
+    weight.main_grad = torch.zeros(50, 24)
+    targets = torch.arange(30)
+    with torch.no_grad():
+        native_head.chunked_logprobs(hidden, weight, None, targets, coefficients_N=rows_of(30, seed=2))
+    assert not weight.main_grad.any()
+
+
 @pytest.mark.parametrize("wrong", [-1, 50])
 def test_a_target_that_the_head_has_not_is_refused(wrong):
     hidden, weight = rows_of(3, 8), rows_of(50, 8)

@@ -158,6 +158,8 @@ def test_a_budget_of_keys_and_values_is_the_native_engines(
         "rollouts: rollout.kv_cache_tokens has no effect: the generic engine keeps a place as long"
         in caplog.text
     )
+    with pytest.raises(ConfigError, match=r"rollout.kv_cache_tokens is 64 and rollout.engine generic"):
+        engine_of(policy, kv_cache_tokens=64, wanted="generic")
     session = engine_of(policy, kv_cache_tokens=64, wanted="native").open_session()
     with pytest.raises(ConfigError, match=r"rollout\.kv_cache_tokens is 64"):
         session.add(Problem(prompt="", token_ids=[5] * 40), limits=[26], sampling=SamplingSettings())

@@ -114,3 +114,9 @@ def test_logits_that_are_not_finite_give_a_log_probability_that_is_not(kernels: 
         logits_BV[0, place] = value
         drawn = draw_by_kernel(kernels, logits_BV, requests_of(SamplingSettings(top_p=0.9), 1))
         assert not math.isfinite(drawn.logprobs[0])
+
+
+def test_top_p_that_float32_takes_for_one_still_lists_what_it_keeps(kernels: ctypes.CDLL):
+    requests = requests_of(SamplingSettings(top_p=1 - 1e-12), 4)
+    found = draw_by_kernel(kernels, torch.randn(4, 50), requests)
+    assert all(token in (kept or ()) for token, kept in zip(found.token_ids, found.kept_ids, strict=True))

@@ -169,3 +169,23 @@ def test_pages_are_forgotten_before_more_memory_is_taken(
     requests = [add(session, [start + 3] * 140, length=10)[0] for start in range(4)]  # 40 pages
     run(session)
     assert all(request.finish_reason == "length" for request in requests)
+
+
+def test_a_session_does_not_go_on_with_keys_and_values_of_earlier_weights(
+    policy: Policy, kernels: ctypes.CDLL
+):
+    engine = engine_of(policy, kernels)
+    session = engine.open_session()
+    for between in ("texts", "tokens"):
+        add(session, list(range(3, 43)), length=40)
+        session.step(within_s=0.0)
+        if between == "texts":
+            run(session)
+        engine.sync()
+        if between == "texts":
+            add(session, list(range(3, 43)), length=1)
+        with pytest.raises(AssertionError, match="sync"):
+            run(session)
+        session = engine.open_session()
+    add(session, list(range(3, 43)), length=1)
+    run(session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +86,26 @@ def test_the_first_of_several_stop_strings_counts():
     assert first_stop("one two", ["three"]) is None
     assert cut_at_stop("one two", ["two", "three"]) == "one "
     assert cut_at_stop("one two", []) == "one two"
+
+
+@pytest.mark.parametrize("stop", [[], ["</y>"]])
+@pytest.mark.parametrize(
+    "run", ["\ufffd".encode() * 500, b"\xff" * 1500], ids=["repeated by the model", "no text"]
+)
+def test_a_run_of_replacement_characters_is_shown_on_the_way_and_costs_no_more_the_longer_it_is(
+    run: bytes, stop: list[str]
+):
+    longest = 0
+
+    def watched(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(ids)
+
+    growing, shown, ids = GrowingText(watched, stop=stop), "", [*b"ab", *run, *b"cd"]
+    for number, token in enumerate(ids):
+        growing.add(token)
+        shown += growing.take(is_last=False)
+        assert len(shown) >= len(decode(ids[: number + 1])) - 70
+    assert shown + growing.take(is_last=True) == decode(ids)
+    assert longest < 200

@@ -61,3 +61,10 @@ def test_raw_prompts_need_no_template_and_chats_do(base, capsys):
 def test_a_setting_without_effect_in_a_server_is_refused(base, words, capsys):
     assert main(["serve", str(base), "--port", "0", *words]) == 2
     assert f"{words[0]} has no effect in a server" in capsys.readouterr().err
+
+
+def test_a_system_prompt_that_nothing_writes_is_refused(base, capsys):
+    words = ["serve", str(base), "--port", "0", "--system_prompt", "Be brief."]
+    for engine in ("auto", "vllm"):
+        assert main([*words, "--engine", engine]) == 2
+        assert "system_prompt has no effect" in capsys.readouterr().err

@@ -330,3 +330,38 @@ def test_without_the_library_the_request_is_told_what_to_install(plain, monkeypa
     monkeypatch.setitem(sys.modules, "llguidance", None)
     status, error = plain.refused(CHAT, {**ASK, "response_format": {"type": "json_object"}})
     assert status == 400 and "pip install 'kitae[serve]'" in error["message"]
+
+
+def test_a_schema_as_deep_as_json_may_be_is_refused_as_one():
+    """Python reads some that it cannot write from where it stands by then."""
+    from kitae.serve.forms import Forms
+    from kitae.serve.refusals import Refusal
+
+    schema: dict = {}
+    for _ in range(5000):
+        schema = {"items": schema}
+    with pytest.raises(Refusal, match="nested too deeply"):
+        asyncio.run(Forms.compile(None, schema, thinking="none"))
+
+
+def test_a_constraint_that_cannot_be_made_leaves_nothing_in_the_session(plain):
+    from kitae.config import SamplingSettings
+    from kitae.serve.engine import Job, Ticket
+    from kitae.types import Problem
+
+    def fail():
+        raise MemoryError
+
+    async def ask():
+        problem = Problem(prompt="", token_ids=[5, 6], index=0)
+        how = {"sampling": SamplingSettings(max_new_tokens=3000), "seed": 0, "new_constraint": fail}
+        ticket = Ticket(
+            lane="tiny", jobs=[Job(problem=problem, limits=[3000], **how)], loop=asyncio.get_running_loop()
+        )
+        plain.engine.submit(ticket)
+        assert isinstance(await asyncio.wait_for(ticket.queue.get(), 10), MemoryError)
+        plain.engine.cancel(ticket)
+
+    asyncio.run(ask())
+    assert plain.engine.num_running == plain.engine.num_open == 0
+    assert all(session.is_idle for session in plain.engine._sessions.values())

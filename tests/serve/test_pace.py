@@ -50,7 +50,10 @@ def test_the_first_and_the_last_text_come_at_once_and_the_rest_now_and_then(cloc
     assert shown("a", grow([first], "e")) == []
     clock.now += 0.01
     assert shown("a", grow([first], "f", finish_reason="stop")) == [(0, [7, 7], "ef")]
-    assert not thread._held
+    assert shown("a", grow([second], "g")) == []
+    clock.now += engine.SHOW_S
+    assert shown("a", []) == [(1, [7], "g")]  # also of a row that gets no tokens now
+    assert not any(thread._held.values())
 
 
 def test_what_is_written_in_one_turn_is_sent_at_once():

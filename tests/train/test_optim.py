@@ -86,6 +86,16 @@ def test_an_update_by_the_kernel_equals_torchs_own(dtype):
             torch.testing.assert_close(state[key], expected[key], rtol=2e-6, atol=1e-7)
 
 
+def test_a_weight_with_gaps_gets_its_own_master():
+    weight = nn.Parameter(torch.arange(24.0).view(6, 4).bfloat16().t())
+    before = weight.detach().clone()
+    flat = FlatParameters([("weight", weight)], kernels=True)
+    optimizer = make_optimizer(OptimSettings(), [slot.master for slot in flat.slots], world=World())
+    flat.grad.fill_(1.0)
+    update(optimizer, flat, learning_rate=0.0, scale=1.0)
+    assert torch.equal(weight.detach(), before)
+
+
 def test_weight_decay_leaves_vectors_alone():
     params = parameters()
     before = {key: p.detach().clone() for key, p in params.items()}
