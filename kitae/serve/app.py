@@ -310,8 +310,10 @@ class Service:
         return limit
 
     async def _form(self, asked: Asked, *, thinking: Thinking) -> Callable[[], Constraint] | None:
-        schema = asked.wanted_schema
-        return None if schema is None else await self._forms.compile(schema, thinking=thinking)
+        if (schema := asked.wanted_schema) is None:
+            return None
+        self._require_place(asked.n or 1)  # before the work of compiling it
+        return await self._forms.compile(schema, thinking=thinking)
 
     def _job(
         self,
