@@ -22,6 +22,7 @@ PROMPT_TOKENS, COMPLETION_TOKENS = (
 )
 END = b"\r\n0\r\n\r\n"
 """The last piece of a chunked body."""
+PAUSE_S = 0.03
 TIMEOUT_S = 120.0
 
 
@@ -57,11 +58,19 @@ def talk(port: int, key: str, chats: Sequence[dict[str, Any]], *, streams: int) 
 def alternate(
     port: int, key: str, chats: Sequence[dict[str, Any]], otherwise: Callable[[dict[str, Any]], float]
 ) -> list[tuple[float, float]]:
-    """Seconds of each chat over one connection, and those that `otherwise` gives for it, in turns."""
+    """Seconds of each chat over one connection, and those that `otherwise` gives for it, in turns.
+
+    Before each there is a pause, in which the threads of the one before stop waiting for more work at full speed.
+    """
 
     async def run() -> list[tuple[float, float]]:
         connection = Connection(port)
-        found = [((await connection.ask(_request(key, chat))).seconds, otherwise(chat)) for chat in chats]
+        found = []
+        for chat in chats:
+            await asyncio.sleep(PAUSE_S)
+            over_http = (await connection.ask(_request(key, chat))).seconds
+            await asyncio.sleep(PAUSE_S)
+            found.append((over_http, otherwise(chat)))
         connection.close()
         return found
 
