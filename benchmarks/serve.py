@@ -33,7 +33,7 @@ from harness import Contender, Measurement
 CONTENDERS = ("kitae", "llama.cpp")
 TARGETS = {1: 1.5, 16: 2.0, 64: 3.0}
 """Streams -> times as many tokens per second as llama.cpp's server."""
-CHATS = {1: 8, 16: 64, 64: 160}
+CHATS = {1: 32, 16: 64, 64: 160}
 """Streams -> chats of one measurement."""
 SAMPLING: dict[str, dict[str, float]] = {
     "llama.cpp": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
