@@ -7,11 +7,10 @@ was computed before. See docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from harness import median_seconds
 from torch import Tensor
 
 from kitae.models import grouped
@@ -59,18 +58,8 @@ def measure(hidden: int, inner: int, experts: int, each: int, *, repeats: int) -
     flops = 2 * len(order_S) * hidden * 2 * inner
     print(f"{experts} experts of inner size {inner}, {each} a token:")
     for name, products in contenders.items():
-        rates = [f"{flops / median_seconds(product, repeats) / 1e9:.0f}" for product in products]
+        rates = [f"{flops / median_seconds(product, repeats=repeats) / 1e9:.0f}" for product in products]
         print(f"  {name}: {', '.join(rates)}")
-
-
-def median_seconds(product: Callable[[], object], repeats: int) -> float:
-    product()
-    taken = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        product()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
 
 
 if __name__ == "__main__":

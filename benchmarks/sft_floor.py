@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from harness import median_seconds
 
 REPEATS = 9
 ROUND_TO = 64
@@ -53,21 +53,11 @@ def main() -> None:
                 lambda g=grads, w=weight: g @ w,
                 lambda g=grads, x=inputs: g.t() @ x,
             ]
-            seconds += sum(map(median_seconds, products))
+            seconds += sum(median_seconds(product, repeats=REPEATS) for product in products)
             operations += 6 * rows * weight.numel()
             per_token += 6 * share * weight.numel()
     rate = operations / seconds
     print(json.dumps({"tokens_per_s": rate / per_token, "gflop_per_s": rate / 1e9}))
-
-
-def median_seconds(product: Callable[[], object]) -> float:
-    product()
-    taken = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        product()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
 
 
 if __name__ == "__main__":
