@@ -40,6 +40,10 @@ SIZES: dict[str, dict[str, Any]] = {
              "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64},
     "42m-150k": {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "1.5b": {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+             "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128},
+    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     "13m-moe": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
                 "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 64,
                 "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64, "moe_intermediate_size": 192,
@@ -48,7 +52,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
 }  # fmt: skip
-"""Qwen3-like models with tied embeddings, one of them with the vocabulary of Qwen's models; one like DeepSeek-V3 (latent
+"""Qwen3-like models with tied embeddings, one of them with the vocabulary of Qwen's models, two of the shapes of R1's
+distillations to 1.5B and 8B parameters, for GPUs; one like DeepSeek-V3 (latent
 attention, 16 experts of which 4 are used, embeddings not tied); and one for trying a benchmark out."""
 
 
@@ -112,10 +117,12 @@ def make(
     seed: int = 0,
     length: int | None = None,
     vocab_size: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write folder/model, as Hugging Face has them, and rows.jsonl, pairs.jsonl and questions.jsonl; return what they are.
 
     folder/sampler is the same model, changed to end its completions (`ending`). `vocab_size` takes the size's place.
+    Weights are float32; made on a GPU, where models are large, they are bfloat16.
     """
     import torch
     from tokenizers import AddedToken, Tokenizer
@@ -149,7 +156,9 @@ def make(
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     parameters = sum(p.numel() for p in model.parameters())
@@ -157,7 +166,7 @@ def make(
     write(folder / "rows.jsonl", made)
     write(folder / "pairs.jsonl", pairs(made, vocabulary=vocabulary, seed=seed))
     write(folder / "questions.jsonl", questions(num_rows, vocabulary=vocabulary, seed=seed))
-    if not is_moe:
+    if not is_moe and size != "8b":
         ending(model)
         model.save_pretrained(folder / "sampler")
         tokenizer.save_pretrained(folder / "sampler")
@@ -174,7 +183,7 @@ def make(
         "longest": max(lengths),
         "taught_share": sum(taught) / sum(lengths),
         "mean_seen": sum(n * (n + 1) / 2 for n in lengths) / sum(lengths),
-        "fast_bfloat16": CpuBackend().supports("bfloat16")[0],
+        "fast_bfloat16": device != "cpu" or CpuBackend().supports("bfloat16")[0],
     }
 
 
@@ -190,7 +199,7 @@ def ending(model: Any) -> None:
     end, vocab_size = model.config.eos_token_id, weight.shape[0]
     with torch.no_grad():
         weight[:, 0] = weight.std() * weight.shape[1] ** 0.5
-        hidden = model.model(torch.randint(vocab_size, (8, 64))).last_hidden_state
+        hidden = model.model(torch.randint(vocab_size, (8, 64), device=weight.device)).last_hidden_state
         weight[end, 0] += math.log(vocab_size / MEAN_COMPLETION) / hidden[..., 0].mean()
 
 
@@ -204,6 +213,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="5m")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--length", type=int, help="tokens of every row; default: ragged")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model is made")
     parser.add_argument("--vocab-size", type=int, help="instead of the size's own")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +223,7 @@ def main() -> None:
         num_rows=options.rows,
         length=options.length,
         vocab_size=options.vocab_size,
+        device=options.device,
     )
     print(json.dumps(made))
 

@@ -16,8 +16,13 @@ import sft
 from harness import Contender, Measurement
 
 HERE = Path(__file__).resolve().parent
-PEERS = {"trl": [], "trl-best": ["--gradient-checkpointing", "off"]}
-"""TRL as it comes; and without recomputing activations."""
+PEERS = {
+    "trl": [],
+    "trl-best": ["--gradient-checkpointing", "off"],
+    "trl-liger": ["--liger"],
+    "trl-liger-best": ["--gradient-checkpointing", "off", "--liger"],
+}
+"""TRL as it comes; without recomputing activations; and both with Liger's kernels."""
 TARGETS = {"trl": (12.0, 0.35), "trl-best": (12.0, 0.35)}
 """What kitae is to reach at size 5m, fully trained: times a peer's tokens per second, share of its peak memory."""
 LENGTH_TOLERANCE = 0.15
@@ -30,9 +35,9 @@ def main() -> None:
     )
     harness.add_options(parser)
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["trl", "trl-best"])
     parser.add_argument("--precision", choices=["same", "default", "float32", "bfloat16"], default="same")
-    parser.add_argument("--size", choices=["5m", "30m", "tiny"], default="5m")
+    parser.add_argument("--size", choices=["5m", "30m", "1.5b", "tiny"], default="5m")
     parser.add_argument("--prompts", type=int, default=4, help="prompts a step")
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--longest", type=int, default=256, help="most tokens of a completion")
@@ -41,13 +46,14 @@ def main() -> None:
     parser.add_argument(
         "--lora-rank", type=int, default=0, help="LoRA of all linear layers instead of full training"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     if not 0 < options.warmup < options.steps:
         parser.error(f"--warmup {options.warmup} must be at least 1 and below --steps {options.steps}")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as temporary:
         folder = Path(temporary)
         options.batch_size = options.prompts
-        workload = sft.make_workload(folder, options)
+        workload = sft.make_workload(folder, options, device=options.device)
         if options.precision == "same":
             options.precision = "bfloat16" if workload["fast_bfloat16"] else "float32"
         env = harness.thread_env(options.threads)
@@ -61,7 +67,7 @@ def main() -> None:
 
 
 def shared_flags(folder: Path, options: argparse.Namespace) -> list[str]:
-    names = ("precision", "prompts", "group", "longest", "steps", "warmup", "lora-rank")
+    names = ("precision", "prompts", "group", "longest", "steps", "warmup", "lora-rank", "device")
     named = {"folder": folder} | {name: getattr(options, name.replace("-", "_")) for name in names}
     return [text for name, value in named.items() for text in (f"--{name}", str(value))]
 
@@ -77,7 +83,8 @@ def report(measured: dict[str, list[Measurement]], *, options: argparse.Namespac
     lengths = {name: harness.spread(runs, "completion_length") for name, runs in measured.items()}
     print("mean completion: " + ", ".join(f"{name} {harness.show(x)} tokens" for name, x in lengths.items()))
     targets = TARGETS if options.size == "5m" and not options.lora_rank else {}
-    comparisons = harness.compare(measured, key="tokens_per_s", targets=targets)
+    memory = harness.memory_key(options.device)
+    comparisons = harness.compare(measured, key="tokens_per_s", memory=memory, targets=targets)
     harness.print_comparisons(comparisons, unit="tokens/s")
     if options.json:
         harness.write_json(options.json, measured=measured, comparisons=comparisons, unit="tokens/s")

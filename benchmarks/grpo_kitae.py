@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from grpo_shared import parser, tokens_of
+from harness import device_memory
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
             "overwrite": True,
             "model": {
                 "name_or_path": str(options.folder / "sampler"),
-                "device": "cpu",
+                "device": options.device,
                 "dtype": "auto" if options.precision == "default" else options.precision,
             },
             "lora": {"rank": options.lora_rank, "alpha": 2 * options.lora_rank} if options.lora_rank else {},
@@ -35,7 +36,7 @@ def main() -> None:
                 "num_generations": options.group,
                 "max_new_tokens": options.longest,
                 # A user's run lasts long enough for the native engine to be chosen; this one may not.
-                "engine": "native",
+                "engine": "native" if options.device == "cpu" else "auto",
             },
             "train": {"max_steps": options.steps},
             "optim": {"learning_rate": 1e-6},
@@ -56,6 +57,7 @@ def main() -> None:
                 "step_s": step_s,
                 "completion_length": length,
                 "reward": statistics.fmean(step["rollout/reward"] for step in timed),
+                **device_memory(options.device),
                 "precision": next(line.split(" INFO ")[1] for line in log if " INFO dtype " in line),
                 "versions": {name: version(name) for name in ("kitae", "transformers", "torch", "peft")},
             }

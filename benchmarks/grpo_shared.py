@@ -14,6 +14,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
     for count in ("prompts", "group", "longest", "steps", "warmup", "lora-rank"):
         made.add_argument(f"--{count}", type=int, required=True)
+    made.add_argument("--device", choices=["cpu", "cuda"], required=True)
     return made
 
 

@@ -10,11 +10,13 @@ from importlib.metadata import version
 
 from grpo_reward import rewards
 from grpo_shared import parser, tokens_of
+from harness import device_memory
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--gradient-checkpointing", choices=["on", "off"])
+    arguments.add_argument("--liger", action="store_true", help="with Liger's kernels")
     options = arguments.parse_args()
 
     from datasets import load_dataset
@@ -32,7 +34,8 @@ def main() -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": options.device == "cpu",
+        "use_liger_kernel": options.liger,
     }
     if options.precision != "default":
         settings["bf16"] = options.precision == "bfloat16"
@@ -81,6 +84,7 @@ def main() -> None:
                 "step_s": step_s,
                 "completion_length": length,
                 "reward": statistics.fmean(logs["reward"] for logs in timed),
+                **device_memory(options.device),
                 "precision": f"{next(trainer.model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
                 "gradient_checkpointing": config.gradient_checkpointing,
                 "versions": {name: version(name) for name in ("trl", "transformers", "torch", "peft")},

@@ -3,7 +3,7 @@
     contenders --rounds, alternately--> child process --last stdout line, JSON--> Measurement --> Summary --> table, file
 
 A child prints its numbers as one JSON object on its last line of stdout. Peak memory is the kernel's own figure for
-the child (ru_maxrss). This file imports the standard library only: a child's peak can never be below its parent's.
+the child (ru_maxrss). This file imports the standard library only, at first: a child's peak can never be below its parent's.
 """
 
 from __future__ import annotations
@@ -151,12 +151,13 @@ def compare(
     *,
     key: str,
     ours: str = "kitae",
+    memory: str = "peak_rss_mib",
     is_time: bool = False,
     targets: Mapping[str, tuple[float | None, float | None]] | None = None,
 ) -> dict[str, Comparison]:
     """`ours` beside every other contender, by the printed number `key`; `is_time` says that less is better.
 
-    `targets` has the ratio and the share of memory to reach, by contender.
+    `memory` names the memory that is compared. `targets` has the ratio and the share of memory to reach, by contender.
     """
     runs = measured[ours]
     found = {}
@@ -168,13 +169,37 @@ def compare(
             ours=spread(runs, key),
             theirs=spread(others, key),
             ratio=ratio(others, runs, key) if is_time else ratio(runs, others, key),
-            our_memory_mib=spread(runs, "peak_rss_mib"),
-            their_memory_mib=spread(others, "peak_rss_mib"),
-            memory_ratio=ratio(runs, others, "peak_rss_mib"),
+            our_memory_mib=spread(runs, memory),
+            their_memory_mib=spread(others, memory),
+            memory_ratio=ratio(runs, others, memory),
             target=fast,
             memory_target=small,
         )
     return found
+
+
+def device_memory(device: str) -> dict[str, float]:
+    """What a child adds to its numbers at its end: the most memory that torch took from a GPU, where it ran on one."""
+    if device != "cuda":
+        return {}
+    import torch
+
+    return {"peak_gpu_mib": torch.cuda.max_memory_reserved() / 2**20}
+
+
+def memory_key(device: str) -> str:
+    """The memory to compare: the device's own."""
+    return "peak_gpu_mib" if device == "cuda" else "peak_rss_mib"
+
+
+def gpu() -> str | None:
+    """The first GPU's name, where there is one."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.splitlines()[0].strip()
 
 
 def disturbance(measured: Mapping[str, Sequence[Measurement]]) -> float:
@@ -187,6 +212,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": cores(),
+        "gpu": gpu(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("kitae", "torch", "transformers", "peft")},
         "date": datetime.now(UTC).date().isoformat(),
@@ -235,14 +261,17 @@ def print_comparisons(
                 "" if c.memory_target is None else f"<= {c.memory_target:g}",
             ]
         )
-    print_table(["", unit, "peak RSS MiB", f"{ours} speed", "target", f"{ours} memory", "target"], rows)
+    print_table(["", unit, "peak MiB", f"{ours} speed", "target", f"{ours} memory", "target"], rows)
 
 
 def print_machine(measured: Mapping[str, Sequence[Measurement]]) -> None:
     """One line on the machine, and a warning where something else was running on it."""
     about = machine()
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    print(f"{about['cpu']}, {about['cores']} cores; Python {about['python']}, {packages}; {about['date']}")
+    with_gpu = f", {about['gpu']}" if about["gpu"] else ""
+    print(
+        f"{about['cpu']}, {about['cores']} cores{with_gpu}; Python {about['python']}, {packages}; {about['date']}"
+    )
     if (worst := disturbance(measured)) > QUIET:
         print(
             f"NOT QUIET: other processes kept up to {worst:.2f} cores busy; repeat before quoting these numbers"

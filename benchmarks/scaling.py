@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import sft
 import tables
 from harness import Contender
 
@@ -129,8 +130,7 @@ def training_us(
         precision = "bfloat16" if made["fast_bfloat16"] else "float32"
         shared = ["--folder", folder, "--precision", precision, "--batch-size", str(rows), "--lora-rank", "0"]
         shared += ["--steps", str(STEPS), "--warmup", str(WARMUP)]
-        if peer == TRL:
-            shared += ["--max-length", str(max(LENGTHS))]
+        shared += sft.device_flags(max_length=max(LENGTHS) if peer == TRL else 1024)
         trl = [options.peer_python, str(HERE / "sft_trl.py"), "--gradient-checkpointing", "off"]
         trl += ["--variant", "packed" if peer == PACKED else "default"]
         for name, command in {"kitae": [sys.executable, str(HERE / "sft_kitae.py")], peer: trl}.items():

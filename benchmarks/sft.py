@@ -22,10 +22,12 @@ PEERS = {
     "trl-packed": ["sft_trl.py", "--variant", "packed"],
     "trl-packed-best": ["sft_trl.py", "--variant", "packed", "--gradient-checkpointing", "off"],
     "trl-padding-free": ["sft_trl.py", "--variant", "padding_free", "--gradient-checkpointing", "off"],
+    "trl-liger": ["sft_trl.py", "--variant", "default", "--liger"],
+    "trl-liger-best": ["sft_trl.py", "--variant", "packed", "--gradient-checkpointing", "off", "--liger"],
     "transformers": ["sft_transformers.py"],
 }
-"""TRL as it comes; with one packed row of 1,024 tokens a step; that without recomputing activations; padding-free; and
-transformers' Trainer."""
+"""TRL as it comes; with one packed row of --max-length tokens a step; that without recomputing activations; padding-free;
+with Liger's kernels, as it comes and as packed without recomputing; and transformers' Trainer."""
 TARGETS: dict[tuple[str, bool], dict[str, tuple[float | None, float | None]]] = {
     ("5m", False): {"trl": (5.5, 0.35), "trl-packed-best": (3.0, 0.6)},
     ("5m", True): {"trl": (6.0, 0.35), "trl-packed-best": (3.5, 0.55)},
@@ -43,12 +45,13 @@ def main() -> None:
     options = parse_options()
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as temporary:
         folder = options.keep or Path(temporary)
-        workload = make_workload(folder, options)
+        workload = make_workload(folder, options, device=options.device)
         if options.precision == "same":
             options.precision = "bfloat16" if workload["fast_bfloat16"] else "float32"
         contenders = [kitae(folder, options), *(peer(name, folder, options) for name in options.peers)]
         measured = harness.run_rounds(contenders, rounds=options.rounds)
-        has_floor = not options.lora_rank and "n_routed_experts" not in SIZES[options.size]
+        is_dense = "n_routed_experts" not in SIZES[options.size]
+        has_floor = options.device == "cpu" and not options.lora_rank and is_dense
         floor = measure_floor(folder, options, workload, measured["kitae"]) if has_floor else None
     report(measured, workload=workload, floor=floor, options=options)
 
@@ -75,6 +78,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--lora-rank", type=int, default=0, help="LoRA of all linear layers instead of full training"
     )
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a packed row of TRL's")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--quantization", choices=["none", "nf4"], default="none", help="of the frozen weights"
+    )
     parser.add_argument(
         "--keep", type=Path, help="folder for model, rows and runs, kept (default: a temporary one)"
     )
@@ -84,21 +92,28 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def make_workload(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def make_workload(folder: Path, options: argparse.Namespace, *, device: str = "cpu") -> dict[str, float]:
     rows = options.steps * options.batch_size
     script = str(HERE / "chat_workload.py")
     command = [sys.executable, script, str(folder), "--size", options.size, "--rows", str(rows)]
+    command += ["--device", device]
     return harness.measure(Contender("workload", command)).values
 
 
 def kitae(folder: Path, options: argparse.Namespace) -> Contender:
-    command = [sys.executable, str(HERE / "sft_kitae.py"), *shared_flags(folder, options)]
+    command = [
+        sys.executable,
+        str(HERE / "sft_kitae.py"),
+        *shared_flags(folder, options),
+        *own_flags(options),
+    ]
     return Contender("kitae", command, harness.thread_env(options.threads))
 
 
 def peer(name: str, folder: Path, options: argparse.Namespace) -> Contender:
     script, *flags = PEERS[name]
-    command = [options.peer_python, str(HERE / script), *flags, *shared_flags(folder, options)]
+    command = [options.peer_python, str(HERE / script), *flags]
+    command += [*shared_flags(folder, options), *own_flags(options)]
     return Contender(name, command, harness.thread_env(options.threads))
 
 
@@ -111,7 +126,22 @@ def shared_flags(folder: Path, options: argparse.Namespace) -> list[str]:
         "warmup": options.warmup,
         "lora-rank": options.lora_rank,
     }
+    return as_flags(named)
+
+
+def device_flags(*, max_length: int, device: str = "cpu", quantization: str = "none") -> list[str]:
+    """The flags that the scripts of SFT have beside the shared ones."""
+    return as_flags({"max-length": max_length, "device": device, "quantization": quantization})
+
+
+def as_flags(named: dict[str, object]) -> list[str]:
     return [text for name, value in named.items() for text in (f"--{name}", str(value))]
+
+
+def own_flags(options: argparse.Namespace) -> list[str]:
+    return device_flags(
+        max_length=options.max_length, device=options.device, quantization=options.quantization
+    )
 
 
 def measure_floor(
@@ -124,8 +154,7 @@ def measure_floor(
         "taught-share": workload["taught_share"],
         "seen": workload["mean_seen"],
     }
-    flags = [text for name, value in named.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, str(HERE / "sft_floor.py"), *flags]
+    command = [sys.executable, str(HERE / "sft_floor.py"), *as_flags(named)]
     return harness.measure(Contender("floor", command, harness.thread_env(options.threads)))
 
 
@@ -148,7 +177,8 @@ def report(
     for name, runs in measured.items():
         print(f"{name}: {runs[0].values['precision']}; {runs[0].values['versions']}")
     targets = TARGETS.get((options.size, options.lora_rank > 0), {})
-    comparisons = harness.compare(measured, key="tokens_per_s", targets=targets)
+    memory = harness.memory_key(options.device)
+    comparisons = harness.compare(measured, key="tokens_per_s", memory=memory, targets=targets)
     harness.print_comparisons(comparisons, unit="tokens/s")
     found = None
     if floor is not None:

@@ -8,6 +8,8 @@ import statistics
 from importlib.metadata import version
 from pathlib import Path
 
+from harness import device_memory
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -17,7 +19,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--lora-rank", type=int, required=True)
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-length", type=int, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
     options = parser.parse_args()
 
     import kitae
@@ -30,8 +34,9 @@ def main() -> None:
             "overwrite": True,
             "model": {
                 "name_or_path": str(options.folder / "model"),
-                "device": "cpu",
+                "device": options.device,
                 "dtype": "auto" if options.precision == "default" else options.precision,
+                "quantization": options.quantization,
             },
             "lora": {"rank": options.lora_rank, "alpha": 2 * options.lora_rank} if options.lora_rank else {},
             "data": {
@@ -57,6 +62,7 @@ def main() -> None:
                 "step_s": elapsed / len(timed),
                 "tokens_per_step": tokens / len(timed),
                 "loss": statistics.fmean(step["train/loss"] for step in steps),
+                **device_memory(options.device),
                 "precision": next(line.split(" INFO ")[1] for line in log if " INFO dtype " in line),
                 "versions": {name: version(name) for name in ("kitae", "transformers", "torch", "peft")},
             }

@@ -18,6 +18,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--lora-rank", type=int, required=True)
+    parser.add_argument(
+        "--max-length", type=int, required=True, help="no row is longer; the Trainer cuts none"
+    )
+    parser.add_argument("--device", choices=["cpu"], required=True)
+    parser.add_argument("--quantization", choices=["none"], required=True)
     options = parser.parse_args()
 
     from datasets import load_dataset

@@ -9,6 +9,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from harness import device_memory
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,7 +22,10 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, required=True)
     parser.add_argument("--lora-rank", type=int, required=True)
     parser.add_argument("--gradient-checkpointing", choices=["on", "off"])
-    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--max-length", type=int, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
+    parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
     options = parser.parse_args()
 
     from datasets import load_dataset
@@ -34,8 +39,9 @@ def main() -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": options.device == "cpu",
         "max_length": options.max_length,
+        "use_liger_kernel": options.liger,
     }
     if options.variant == "packed":
         # A batch of one packed row: from its position ids transformers keeps conversations apart, so that the
@@ -52,6 +58,20 @@ def main() -> None:
         from peft import LoraConfig
 
         lora = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
+
+    if options.quantization == "nf4":
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        settings["model_init_kwargs"] = {
+            "dtype": torch.bfloat16,
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_use_double_quant=True,
+            ),
+        }
 
     ends: list[tuple[float, int]] = []
 
@@ -84,6 +104,7 @@ def main() -> None:
                 "loss": result.training_loss,
                 "precision": f"{next(trainer.model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
                 "gradient_checkpointing": config.gradient_checkpointing,
+                **device_memory(options.device),
                 "versions": {name: version(name) for name in ("trl", "transformers", "torch", "peft")},
             }
         )

@@ -318,17 +318,18 @@ class CompletionSettings(Section):
     string, and what is trained on with the token that completes it. More of them end more; empty: only end tokens do."""
     inference_batch_size: int = Field(128, ge=1)
     """Completions sampled at the same time on each rank."""
-    engine: Literal["auto", "generic", "native"] = "auto"
+    engine: Literal["auto", "generic", "native", "paged"] = "auto"
     """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use, with a
-    second copy of the weights; generic runs any model through transformers; auto takes native where it can run and the run
-    is long enough for the compiling to pay."""
+    second copy of the weights; paged runs any model through transformers on one CUDA device, keys and values in pages,
+    steps as CUDA graphs; generic runs any model anywhere; auto takes paged on such a device, and native where it can run
+    and the run is long enough for the compiling to pay."""
     quantization: Literal["none", "int8"] = "none"
     """int8 samples with linear weights and their inputs rounded to 8 bits, by the native engine: faster, and the copy of the
     weights is smaller, but log-probabilities are off by some hundredths. GRPO corrects for that by grpo.is_cap."""
     kv_cache_tokens: int | None = Field(None, ge=16)
-    """Tokens whose keys and values the native engine keeps at a time on each rank, of all completions under way, a group's
-    prompt counted once. More of them need more memory and let more completions run side by side; the others wait, and the
-    result does not depend on it. Default: what half of the memory that is free when sampling begins can hold."""
+    """Tokens whose keys and values the native or paged engine keeps at a time on each rank, of all completions under way, a
+    group's prompt counted once. More of them need more memory and let more completions run side by side; the others wait,
+    and the result does not depend on it. Default: what half of the memory that is free when sampling begins can hold."""
 
     _stop_is_text = field_validator("stop")(_non_empty)
 

@@ -41,10 +41,11 @@ class UseSettings(SamplingSettings):
     """Give the model the prompt as it stands, without a chat template."""
     batch_size: int = Field(64, ge=1)
     """Completions sampled at the same time; memory grows with it, the result does not depend on it."""
-    engine: Literal["auto", "generic", "native"] = "auto"
-    """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use; generic
-    runs any model through transformers; auto takes native where it can run and the model is large enough for the compiling
-    to pay."""
+    engine: Literal["auto", "generic", "native", "paged"] = "auto"
+    """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use; paged
+    runs any model through transformers on one CUDA device, keys and values in pages, steps as CUDA graphs; generic runs
+    any model anywhere; auto takes paged on such a device, and native where it can run and the model is large enough for the
+    compiling to pay."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     tokenizer: str | None = None
@@ -57,9 +58,9 @@ class UseSettings(SamplingSettings):
     """nf4 stores the linear weights in 4 bits. int8 samples with them and their inputs rounded to 8 bits, by the native
     engine on a CPU: faster, and the answers are those of a slightly other model."""
     kv_cache_tokens: int | None = Field(None, ge=16)
-    """Tokens whose keys and values the native engine keeps at a time, of all completions under way. More of them need more
-    memory and let more completions run side by side; the others wait, and the result does not depend on it. Default: what
-    half of the memory that is free when sampling begins can hold."""
+    """Tokens whose keys and values the native or paged engine keeps at a time, of all completions under way. More of them
+    need more memory and let more completions run side by side; the others wait, and the result does not depend on it.
+    Default: what half of the memory that is free when sampling begins can hold."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders whose code you have read."""
 

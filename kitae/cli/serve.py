@@ -54,8 +54,8 @@ class Settings(UseSettings):
     """Answers under way may take this long to finish when the server is told to end."""
     reasoning_format: Literal["inline", "split"] = "inline"
     """inline leaves the thinking in the content between <think> tags; split puts it into reasoning_content."""
-    engine: Literal["auto", "generic", "native", "vllm", "sglang", "llama.cpp"] = "auto"  # type: ignore[assignment]
-    """auto, generic and native are kitae's own, as in kitae generate; the others are started in its place, if installed."""
+    engine: Literal["auto", "generic", "native", "paged", "vllm", "sglang", "llama.cpp"] = "auto"  # type: ignore[assignment]
+    """auto, generic, native and paged are kitae's own, as in kitae generate; others are started instead, if installed."""
     threads: int | None = Field(None, ge=1)
     """CPU threads that compute; default: all cores."""
     n_gpu_layers: int | None = Field(None, ge=0)

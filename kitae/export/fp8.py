@@ -81,7 +81,8 @@ def quantize_rows(x: Tensor, *, power_of_two: bool) -> tuple[Tensor, Tensor]:
     down, right = -rows % height, -columns % width
     padded = F.pad(x, (0, right, 0, down)) if down or right else x
     blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
-    scale = blocks.abs().amax((1, 3)) / LARGEST
+    # By a tensor: a GPU divides by a number as it multiplies by its inverse, which rounds otherwise.
+    scale = blocks.abs().amax((1, 3)) / blocks.new_full((1,), LARGEST)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # scale = mantissa x 2^exponent, mantissa in [0.5, 1)
         exponent = exponent - (mantissa == 0.5).int()

@@ -15,8 +15,7 @@ import torch
 from kitae import backends
 from kitae.errors import ConfigError
 from kitae.rollout.base import Request
-from kitae.rollout.packed import PackedModel
-from kitae.rollout.pages import PAGE, Pages
+from kitae.rollout.pages import PAGE, Pages, PageStore
 from kitae.types import Problem
 
 SHARE = 0.5
@@ -77,13 +76,16 @@ def pages_of(num_tokens: int) -> int:
     return -(-num_tokens // PAGE)
 
 
-def most_pages(model: PackedModel, *, tokens: int | None, setting: str) -> tuple[int, str]:
+def most_pages(
+    store: PageStore, *, device: torch.device, tokens: int | None, setting: str
+) -> tuple[int, str]:
     """The most pages, and where the limit is from: `tokens`, the value of `setting`, or else a share of the free memory."""
     if tokens is not None:
         return tokens // PAGE, f"{setting} is {tokens:,}"
-    free, _ = backends.pick("cpu").memory(torch.device("cpu"))
-    usable = int(free * SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    most = usable // (PAGE * model.bytes_per_token)
+    free, _ = backends.of(device).memory(device)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    usable = int(free * SHARE) // ranks
+    most = usable // (PAGE * store.bytes_per_token)
     return most, f"{usable >> 20:,} MiB of the free memory is theirs where {setting} does not say otherwise"
 
 

@@ -1,4 +1,5 @@
-"""Which engine samples from a policy: the native one where it can run and is worth compiling, else the generic one.
+"""Which engine samples from a policy: on a GPU the paged one, on a CPU the native one where it can run and is worth
+compiling, else the generic one.
 
 The choice depends on settings, model and machine, never on what lies in a cache: the same command gives the same numbers
 before and after its kernels were compiled.
@@ -18,11 +19,12 @@ from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.int8 import is_fast_here
 from kitae.rollout.native import NativeEngine
+from kitae.rollout.paged import PagedEngine, why_not_paged
 from kitae.rollout.shapes import compute_dtype, why_not_int8, why_not_native
 
 log = logging.getLogger(__name__)
 
-LocalEngine = GenericEngine | NativeEngine
+LocalEngine = GenericEngine | NativeEngine | PagedEngine
 """An engine that holds the policy in this process."""
 SAVED_S = 1e-5
 """What the native engine saves per token of the smallest model, in seconds; found on two CPU cores."""
@@ -35,13 +37,13 @@ class Chosen(NamedTuple):
     """An engine, and what the settings call it."""
 
     engine: LocalEngine
-    name: Literal["generic", "native"]
+    name: Literal["generic", "native", "paged"]
 
 
 def open_engine(
     policy: Policy,
     *,
-    wanted: Literal["auto", "generic", "native"],
+    wanted: Literal["auto", "generic", "native", "paged"],
     setting: str,
     expected_tokens: float,
     stop_ids: Sequence[int],
@@ -59,16 +61,38 @@ def open_engine(
     """
     own_names = setting.removesuffix("engine")
     is_int8 = quantization == "int8"
-    if is_int8 and wanted == "generic":
+    if is_int8 and wanted in ("generic", "paged"):
         raise ConfigError(
-            f"{own_names}quantization is int8 and {setting} generic, but only the native engine has 8-bit weights; set one "
+            f"{own_names}quantization is int8 and {setting} {wanted}, but only the native engine has 8-bit weights; set one "
             "of them otherwise"
         )
     if kv_cache_tokens is not None and wanted == "generic":
         raise ConfigError(
-            f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but only the native engine counts "
+            f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but that engine does not count "
             "tokens; leave one of them out"
         )
+    own = policy if load_copy is None else None
+    if wanted in ("auto", "paged") and not is_int8:
+        why_not, attend = why_not_paged(policy)
+        if why_not is None:
+            log.info("rollouts: paged engine, %d rows at a time, decode steps as CUDA graphs", max_rows)
+            paged = PagedEngine(
+                own or load_copy(),
+                stop_ids=stop_ids,
+                decode=decode,
+                max_rows=max_rows,
+                attend=attend,
+                has_graphs=True,
+                kv_cache_tokens=kv_cache_tokens,
+                kv_setting=f"{own_names}kv_cache_tokens",
+            )
+            return Chosen(paged, "paged")
+        if wanted == "paged":
+            raise ConfigError(
+                f"{setting} is paged, but that engine cannot sample from this model: {why_not}; set it to auto or generic"
+            )
+        if policy.device.type == "cuda":
+            log.info("rollouts: not the paged engine: %s", why_not)
     reason = None
     if wanted != "generic":
         reason = _why_not(policy, insists=wanted == "native" or is_int8, tokens=expected_tokens)
@@ -122,8 +146,9 @@ def open_engine(
             own_names,
             max_rows,
         )
-    own = policy if load_copy is None else load_copy()
-    return Chosen(GenericEngine(own, stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
+    return Chosen(
+        GenericEngine(own or load_copy(), stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic"
+    )
 
 
 def _why_not(policy: Policy, *, insists: bool, tokens: float) -> str | None:

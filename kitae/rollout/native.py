@@ -18,21 +18,19 @@ import torch
 from torch import Tensor
 
 from kitae.config import SamplingSettings
-from kitae.models.native import check_ids
 from kitae.models.policy import Policy
 from kitae.rollout import structs
 from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
 from kitae.rollout.budget import Budget, most_pages, pages_of
 from kitae.rollout.packed import PackedModel
-from kitae.rollout.pages import PAGE, Pages
+from kitae.rollout.page_rows import PageRows, as_table, needs_logits
+from kitae.rollout.pages import PAGE, HostPages, Pages
 from kitae.rollout.scheduler import Scheduler
 from kitae.rollout.scratch import make_scratch
-from kitae.rollout.session import STREAM_S, Session, sample_all
+from kitae.rollout.session import Session, sample_all
 from kitae.rollout.structs import pointer
 from kitae.types import Problem, Rollout
 
-STEPS_PER_CALL = 16
-"""Decode steps before Python looks; a call ends early when a row does."""
 PREFILL_TOKENS = 256
 """Prompt tokens of one pass."""
 IDLE_BYTES = 512 << 20
@@ -112,11 +110,14 @@ class NativeEngine:
         assert self._model is not None
         max_rows = max_rows or self.max_rows
         context = getattr(self.policy.config, "max_position_embeddings", None)
-        most, reason = most_pages(self._model, tokens=self._kv_cache_tokens, setting=self._kv_setting)
+        store = HostPages(self._model)
+        most, reason = most_pages(
+            store, device=self.policy.device, tokens=self._kv_cache_tokens, setting=self._kv_setting
+        )
         expected = max_rows * pages_of(longest or context or LONGEST)
         idle_bytes = 0 if longest else IDLE_BYTES  # without an end to foresee, texts may come again
         most_idle = min(most // 4, idle_bytes // (PAGE * self._model.bytes_per_token))
-        pages = Pages(self._model, expected=expected, most=most, most_idle=most_idle)
+        pages = Pages(store, expected=expected, most=most, most_idle=most_idle)
         budget = Budget(pages, most=most, reason=reason)
         rows = NativeRows(
             self._model,
@@ -130,13 +131,6 @@ class NativeEngine:
         return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
 
 
-def needs_logits(request: Request) -> bool:
-    """Whether draw_tokens has to see every step's logits: for penalties, the likeliest tokens, or a form to be kept."""
-    s = request.sampling
-    has_penalty = s.repetition_penalty != 1 or s.no_repeat_ngram_size > 0
-    return has_penalty or request.num_top_logprobs > 0 or request.constraint is not None
-
-
 def lists_kept_ids(request: Request) -> bool:
     """Whether each token comes with the ids that top-k, top-p and min-p left."""
     s = request.sampling
@@ -144,7 +138,7 @@ def lists_kept_ids(request: Request) -> bool:
     return is_truncated and request.wants_kept_ids
 
 
-class NativeRows:
+class NativeRows(PageRows):
     """Rows whose keys and values lie in pages, and the arrays the kernels work on; see Rows in session.py."""
 
     def __init__(
@@ -157,24 +151,15 @@ class NativeRows:
         max_rows: int,
         stop_ids: frozenset[int],
     ) -> None:
-        self._model, self._pages, self._budget, self._kernels = model, pages, budget, kernels
+        super().__init__(pages, budget, stop_ids=stop_ids, num_embeddings=model.num_embeddings)
+        self._model, self._kernels = model, kernels
         self._num_taken = model.num_taken
-        self._pages_of: dict[Request, list[int]] = {}
         self._scratch, self._logits_BV, self._buffers = make_scratch(
             model, tokens=max(max_rows, PREFILL_TOKENS), logits=max_rows
         )
-        self._stop_ids = stop_ids
         self._stop_ids_tensor = torch.tensor(sorted(stop_ids), dtype=torch.int64)
         self._is_bf16 = int(model.dtype == torch.bfloat16)
         self._threads = torch.get_num_threads()
-        self._step_s = STREAM_S  # of the last call; the first one takes one step
-
-    def leave(self, request: Request) -> None:
-        """See Rows."""
-        pages = self._pages_of.pop(request)
-        # The last token was sampled and not computed.
-        self._pages.prefixes.keep(request.problem.token_ids + request.token_ids[:-1], pages)
-        self._pages.give_back(pages)
 
     def _require_its_weights(self) -> None:
         """Keys and values in the pages, those kept for later texts too, are of the weights the session began with."""
@@ -183,30 +168,13 @@ class NativeRows:
 
     # prompts --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def enter(self, groups: list[list[Request]]) -> None:
-        """Compute each group's prompt once, share its pages, and sample the next token of all its rows."""
+        """See PageRows."""
         self._require_its_weights()
-        self._budget.settle()
         self._model.require_positions(
             max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
         )
-        # A row that was put back has tokens already, and is a group of its own.
-        prompts = [group[0].problem.token_ids + group[0].token_ids for group in groups]
-        check_ids(torch.tensor([i for prompt in prompts for i in prompt]), self._model.num_embeddings)
-        known, tables = [], []
-        for prompt in prompts:
-            found = self._pages.prefixes.find(prompt)
-            self._pages.share(found, readers=1)
-            table = found + self._pages.take(pages_of(len(prompt)) - len(found))
-            self._pages.prefixes.keep(prompt, table)  # for the prompts after it, too
-            known.append(len(found) * PAGE)
-            tables.append(table)
-        self._prefill(prompts, known, tables)
-        requests = [request for group in groups for request in group]
-        logits_row = [number for number, group in enumerate(groups) for _ in group]
-        self._share(groups, prompts, tables)
-        self._draw(requests, logits_row)
+        super().enter(groups)
 
     def _prefill(self, prompts: list[list[int]], known: list[int], tables: list[list[int]]) -> None:
         """Fill the prompts' pages but for their first `known` tokens, which stand there already, or will when the passes
@@ -220,7 +188,7 @@ class NativeRows:
         lengths = torch.tensor([len(prompt) - start for prompt, start in spans])
         table_of = torch.arange(len(prompts), dtype=torch.int32).repeat_interleave(lengths)
         last = lengths.cumsum(0) - 1
-        table = _as_table(tables, width=max(map(len, tables)))
+        table = as_table(tables, width=max(map(len, tables)))
         num_before = 0
         for first in range(0, len(ids), PREFILL_TOKENS):
             here = slice(first, first + PREFILL_TOKENS)
@@ -229,21 +197,6 @@ class NativeRows:
             tokens = _tokens(ids[here], positions[here], table, table_of[here])
             self._forward(tokens, wanted, at=num_before)
             num_before += len(wanted)
-
-    def _share(self, groups: list[list[Request]], prompts: list[list[int]], tables: list[list[int]]) -> None:
-        """Every row reads its prompt's full pages; the last one, if it is not full, is copied for all but the first."""
-        source: list[int] = []
-        target: list[int] = []
-        for group, prompt, table in zip(groups, prompts, tables, strict=True):
-            num_full = len(prompt) // PAGE
-            self._pages.share(table[:num_full], readers=len(group) - 1)
-            self._pages_of[group[0]] = table
-            for request in group[1:]:
-                own = self._pages.take(len(table) - num_full)
-                source += table[num_full:]
-                target += own
-                self._pages_of[request] = table[:num_full] + own
-        self._pages.copy(source, target)
 
     def _draw(self, requests: list[Request], logits_row: list[int]) -> None:
         """Draw each request's token from its row of logits; one row may serve several requests."""
@@ -267,19 +220,15 @@ class NativeRows:
     def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
         """The next tokens of every running row, up to the first that ends."""
         self._require_its_weights()
-        steps = min(STEPS_PER_CALL, *(r.max_new_tokens - len(r.token_ids) for r in scheduler.running))
-        if within_s is not None:
-            steps = min(steps, max(1, int(within_s / self._step_s)))
         by_kernel = not any(map(needs_logits, scheduler.running))
-        if not by_kernel:
-            steps = 1
+        steps = self._most_steps(scheduler.running, within_s=within_s) if by_kernel else 1
         steps = self._make_room(scheduler, steps=steps)
         requests = scheduler.running
         tables = [self._pages_of[request] for request in requests]
         tokens = _tokens(
             torch.tensor([r.token_ids[-1] for r in requests]),
             torch.tensor([r.length - 1 for r in requests], dtype=torch.int32),
-            _as_table(tables, width=max(map(len, tables))),
+            as_table(tables, width=max(map(len, tables))),
             torch.arange(len(requests), dtype=torch.int32),
         )
         if not by_kernel:
@@ -293,23 +242,6 @@ class NativeRows:
         )
         self._step_s = max(time.perf_counter() - began, 1e-6) / done
         self._add(buffers, requests, num_steps=done)
-
-    def _make_room(self, scheduler: Scheduler, *, steps: int) -> int:
-        """Pages for so many steps of every row. Where there are too few, for fewer; where for none, some rows wait again."""
-        while True:  # the token fed at step k lies at position length - 1 + k
-            missing = {
-                request: max(pages_of(request.length - 1 + steps) - len(self._pages_of[request]), 0)
-                for request in scheduler.running
-            }
-            if sum(missing.values()) <= self._budget.num_left:
-                break
-            if steps > 1:
-                steps = steps // 2
-            else:
-                self.leave(scheduler.put_back())
-        for request, count in missing.items():
-            self._pages_of[request] += self._pages.take(count)
-        return steps
 
     def _sampling_buffers(self, requests: Sequence[Request], *, steps: int) -> _SamplingBuffers:
         return _SamplingBuffers(
@@ -402,8 +334,3 @@ class _SamplingBuffers:
         assert self._kept is not None
         bits = np.unpackbits(self._kept[step, row].numpy(), bitorder="little")
         return np.flatnonzero(bits).tolist()
-
-
-def _as_table(pages: list[list[int]], *, width: int) -> Tensor:
-    """Page numbers [rows, width]; what a row has not is 0 and not read."""
-    return torch.tensor([own + [0] * (width - len(own)) for own in pages], dtype=torch.int32)

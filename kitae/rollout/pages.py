@@ -1,13 +1,13 @@
 """Keys and values of the rows in flight, in pages of 16 tokens that rows with the same prompt share.
 
-Per layer one tensor [pages, numbers], laid out as kernels/attention.h and kernels/latent.h say. A page is free again
-when the last row that reads it is gone, unless its tokens may come again (prefixes.py). The lowest free page is taken
-first, so memory follows what is in use.
+A page is free again when the last row that reads it is gone, unless its tokens may come again (prefixes.py). The lowest
+free page is taken first, so memory follows what is in use. Where pages lie is up to a PageStore.
 """
 
 from __future__ import annotations
 
 import heapq
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +22,34 @@ FIRST_BYTES = 1 << 30
 """At most this much is asked for at first; the system gives memory only where pages are written."""
 
 
-class Pages:
-    """The pages of all layers; page numbers are the same in each."""
+class PageStore(Protocol):
+    """The memory that pages are; page numbers are the same in each layer."""
 
-    def __init__(self, model: PackedModel, *, expected: int, most: int, most_idle: int = 0) -> None:
+    bytes_per_token: int
+    """What all layers keep of a token."""
+
+    def resize(self, count: int) -> None:
+        """Have at least `count` pages; what lies in them stays."""
+        ...
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """Copy page by page, in every layer."""
+        ...
+
+
+class Pages:
+    """Which pages are in use, and by how many rows."""
+
+    def __init__(self, store: PageStore, *, expected: int, most: int, most_idle: int = 0) -> None:
         """`expected`: pages there could be in use, a first guess; nobody takes more than `most`, see budget.py.
 
         Beside them `most_idle` pages that no row reads stay known (prefixes.py), as long as nobody needs them.
         """
-        self._model, self._most = model, most
-        self._numbers = PAGE * model.numbers_per_token
-        self._layers: list[Tensor] = []
+        self._store, self._most = store, most
         self._free: list[int] = []  # a heap
         self._readers: list[int] = []
         self.prefixes = Prefixes(page_size=PAGE, most_idle=most_idle)
-        self._grow(min(expected, most, max(1, FIRST_BYTES // (PAGE * model.bytes_per_token))))
+        self._grow(min(expected, most, max(1, FIRST_BYTES // (PAGE * store.bytes_per_token))))
 
     @property
     def num_in_use(self) -> int:
@@ -75,21 +88,36 @@ class Pages:
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copy page by page, in every layer."""
         if source:
-            here, there = torch.tensor(source), torch.tensor(target)
-            for layer in self._layers:
-                layer[there] = layer[here]
+            self._store.copy(source, target)
 
     def _grow(self, count: int) -> None:
-        """Have `count` pages; one layer after the other, so that few of them exist twice."""
         old = len(self._readers)
-        for number in range(len(self._model.layers)):
-            layer = torch.empty((count, self._numbers), dtype=self._model.dtype)
-            if old:
-                layer[:old] = self._layers[number]
-                self._layers[number] = layer
-            else:
-                self._layers.append(layer)
-            self._model.layers[number].pages = pointer(layer)
+        self._store.resize(count)
         self._readers += [0] * (count - old)
         for page in range(old, count):
             heapq.heappush(self._free, page)
+
+
+class HostPages:
+    """Pages for the kernels: a tensor [pages, numbers] a layer, laid out as kernels/attention.h and kernels/latent.h say."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self._model = model
+        self._layers = [
+            torch.empty((0, PAGE * model.numbers_per_token), dtype=model.dtype) for _ in model.layers
+        ]
+        self.bytes_per_token = model.bytes_per_token
+
+    def resize(self, count: int) -> None:
+        """See PageStore; one layer after the other, so that few of them exist twice."""
+        for number, old in enumerate(self._layers):
+            layer: Tensor = old.new_empty((count, old.shape[1]))
+            layer[: len(old)] = old
+            self._layers[number] = layer
+            self._model.layers[number].pages = pointer(layer)
+
+    def copy(self, source: list[int], target: list[int]) -> None:
+        """See PageStore."""
+        here, there = torch.tensor(source), torch.tensor(target)
+        for layer in self._layers:
+            layer[there] = layer[here]

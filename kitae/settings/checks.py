@@ -82,10 +82,11 @@ def contradictions(recipe: str, cfg: Any) -> Iterator[str]:
         )
     if recipe in SAMPLING and cfg.reward.function in cfg.reward.extra:
         yield f"reward.extra names {cfg.reward.function}, which is reward.function; its weight is reward.weight"
-    if hasattr(cfg, "rollout") and cfg.rollout.quantization == "int8" and cfg.rollout.engine == "generic":
+    engine = cfg.rollout.engine if hasattr(cfg, "rollout") else None
+    if engine in ("generic", "paged") and cfg.rollout.quantization == "int8":
         yield (
-            "rollout.quantization is int8 and rollout.engine generic, but only the native engine has 8-bit weights; set one "
-            "of them otherwise"
+            f"rollout.quantization is int8 and rollout.engine {engine}, but only the native engine has 8-bit weights; "
+            "set one of them otherwise"
         )
     if recipe == "ppo":
         yield from _contradictions_in_ppo(cfg)

@@ -91,8 +91,16 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def train(method: Method, *, files: Path, output_dir: Path, kind: str = "full", is_golden: bool = False):
-    """Run the method on the toy task; the lines of its metrics.jsonl."""
+def train(
+    method: Method,
+    *,
+    files: Path,
+    output_dir: Path,
+    kind: str = "full",
+    is_golden: bool = False,
+    changes: dict[str, Any] | None = None,
+):
+    """Run the method on the toy task, with `changes` of its settings; the lines of its metrics.jsonl."""
     common = {
         "output_dir": str(output_dir),
         "model": {"dtype": "float32", "device": "cpu"},
@@ -105,6 +113,7 @@ def train(method: Method, *, files: Path, output_dir: Path, kind: str = "full", 
         seams = dict.fromkeys(SeamSettings.model_fields, False)
         exact = {"model": {"seams": seams}, "train": {"max_steps": GOLDEN_STEPS}, "log": {"steps": 1}}
         given = merged(merged(given, exact), method.golden)
+    given = merged(given, changes or {})
     with working_in(files):
         settings, notes = resolve(method.recipe, given)
         assert not notes.warnings, notes.warnings

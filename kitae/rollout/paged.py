@@ -1,0 +1,363 @@
+"""Sampling on a GPU with the policy's own module: keys and values in pages, and each decode step replayed as a CUDA graph.
+
+    prompts --packed, as in training--> pages, first tokens
+    rows' last tokens --graph: module, one-token attention over pages, head--> logits --draw--> next tokens, up to 16 times
+
+A step of a large model is over a thousand small kernels, which take longer to launch than to run; a graph launches them at
+once. Tokens stay on the device between the steps of a call: a row that ends meanwhile computes tokens that nobody reads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kitae.config import SamplingSettings
+from kitae.models.policy import Policy
+from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.budget import Budget, most_pages, pages_of
+from kitae.rollout.page_cache import Attend, PageCache, Step, attend_slowly
+from kitae.rollout.page_rows import PageRows, as_table, needs_logits
+from kitae.rollout.pages import PAGE, Pages
+from kitae.rollout.plain import eval_mode
+from kitae.rollout.sampling import inverse_cdf
+from kitae.rollout.scheduler import Scheduler
+from kitae.rollout.session import Session, sample_all
+from kitae.types import Packing, Problem, Rollout, Segment
+
+log = logging.getLogger(__name__)
+
+ROUND_TO = 64
+"""Packed prompts are padded to a multiple of this many tokens, so that shapes repeat."""
+LONGEST = 1 << 17
+"""A row's most tokens, where neither the caller nor the model knows."""
+
+
+class PagedEngine:
+    """A RolloutEngine that calls the policy's own module; it always samples from the present weights."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        stop_ids: Sequence[int],
+        decode: Callable[[list[int]], str],
+        max_rows: int,
+        attend: Attend = attend_slowly,
+        has_graphs: bool = False,
+        kv_cache_tokens: int | None = None,
+        kv_setting: str = "kv_cache_tokens",
+    ) -> None:
+        """`attend` is the steps' attention. With `has_graphs` steps are captured, and replayed from then on.
+
+        `kv_cache_tokens`, the value of the user's setting `kv_setting`, is how many tokens' keys and values there may be;
+        None takes what the rows can need, up to a share of the free memory (budget.py).
+        """
+        self.policy = policy
+        self.stop_ids = frozenset(stop_ids)
+        self.decode = decode
+        self.max_rows = max_rows
+        self._attend, self._has_graphs = attend, has_graphs
+        self._kv_cache_tokens, self._kv_setting = kv_cache_tokens, kv_setting
+        self._steps: DecodeSteps | None = None
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are the policy's own."""
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        n: int,
+        sampling: SamplingSettings,
+        seed: int,
+        on_tokens: OnTokens | None = None,
+        on_rollout: OnRollout | None = None,
+    ) -> list[list[Rollout]]:
+        """See RolloutEngine."""
+        limits = [[sampling.max_new_tokens] * n] * len(problems)
+        return sample_all(
+            self,
+            limits,
+            problems=problems,
+            sampling=sampling,
+            seed=seed,
+            on_tokens=on_tokens,
+            on_rollout=on_rollout,
+        )
+
+    generate_up_to = sample_all
+
+    def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
+        """See SessionEngine."""
+        max_rows = max_rows or self.max_rows
+        context = getattr(self.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        steps = self._steps_for(max_rows, longest or context or LONGEST)
+        pages = Pages(steps.cache, expected=steps.num_pages, most=steps.num_pages)
+        budget = Budget(pages, most=steps.num_pages, reason=steps.reason)
+        rows = PagedRows(self.policy, steps, pages, budget, stop_ids=self.stop_ids)
+        scheduler = Scheduler(max_rows=max_rows, room=budget.admit)
+        return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
+
+    def _steps_for(self, max_rows: int, longest: int) -> DecodeSteps:
+        """Those of the session before where they suffice: memory and graphs stay from one session to the next."""
+        before = self._steps
+        if before is None or max_rows > before.max_rows or longest > before.longest:
+            self._steps = None  # its memory is free before more is asked for
+            self._steps = DecodeSteps(
+                self.policy,
+                max_rows=max(max_rows, before.max_rows if before else 0),
+                longest=max(_round_up(longest), before.longest if before else 0),
+                attend=self._attend,
+                has_graphs=self._has_graphs,
+                kv_cache_tokens=self._kv_cache_tokens,
+                kv_setting=self._kv_setting,
+            )
+        assert self._steps is not None
+        return self._steps
+
+
+class DecodeSteps:
+    """The memory of keys and values, and the steps over it: each takes its rows' tokens from tensors that never move."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_rows: int,
+        longest: int,
+        attend: Attend,
+        has_graphs: bool,
+        kv_cache_tokens: int | None,
+        kv_setting: str,
+    ) -> None:
+        self.policy, self.max_rows, self.longest = policy, max_rows, longest
+        device = policy.device
+        config = policy.causal_lm.config
+        self.cache = PageCache(config, device=device, dtype=policy.dtype, attend=attend)
+        most, self.reason = most_pages(self.cache, device=device, tokens=kv_cache_tokens, setting=kv_setting)
+        needed = max_rows * pages_of(longest)
+        self.num_pages = min(most, needed)
+        self.nowhere = self.num_pages
+        """A page beside those of the rows, for tokens that nobody reads."""
+        self.cache.resize(self.num_pages + 1)
+        width = _width_of(max_rows)
+        self.ids_B = torch.zeros(width, dtype=torch.int64, device=device)
+        self.positions_B = torch.zeros(width, dtype=torch.int64, device=device)
+        self.tables_BP = torch.full(
+            (width, pages_of(longest)), self.nowhere, dtype=torch.int32, device=device
+        )
+        self._has_graphs = has_graphs
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def place(self, requests: Sequence[Request], tables: list[list[int]]) -> int:
+        """Put the rows' last tokens where the steps read them; returns how many rows a step computes."""
+        width = _width_of(len(requests))
+        empty = width - len(requests)
+        ids = [r.token_ids[-1] for r in requests] + [0] * empty
+        positions = [r.length - 1 for r in requests] + [0] * empty
+        table = as_table(tables + [[self.nowhere]] * empty, width=max(map(len, tables)))
+        self.ids_B[:width] = torch.tensor(ids)
+        self.positions_B[:width] = torch.tensor(positions)
+        self.tables_BP[:width, : table.shape[1]] = table.to(self.tables_BP.device)
+        return width
+
+    def logits(self, width: int) -> Tensor:
+        """Logits [width, V] of the tokens in place, which may be overwritten until the next step."""
+        if not self._has_graphs:
+            return self._compute(width)
+        if width not in self._graphs:
+            self._capture(width)
+        graph, logits_BV = self._graphs[width]
+        graph.replay()
+        return logits_BV
+
+    def prefill(self, prompts: list[list[int]], places: list[int]) -> Tensor:
+        """Compute packed prompts, keep the keys and values of each token at its place; logits of the last tokens."""
+        ids = [token for prompt in prompts for token in prompt]
+        positions = [place for prompt in prompts for place in range(len(prompt))]
+        padding = [0] * (-len(ids) % ROUND_TO)
+        segments, last, start = [], [], 0
+        for prompt in prompts:
+            segments.append(Segment(start, len(prompt)))
+            start += len(prompt)
+            last.append(start - 1)
+        device = self.policy.device
+        tensors = (torch.tensor(x + padding, device=device) for x in (ids, positions))
+        self.cache.coming = torch.tensor(places, device=device)
+        packing = Packing(segments=segments, num_tokens=len(ids) + len(padding))
+        hidden_TH = self.policy.hidden(*tensors, packing, cache=self.cache)
+        return self.policy.logits(hidden_TH[torch.tensor(last, device=device)])
+
+    def _compute(self, width: int) -> Tensor:
+        positions_B = self.positions_B[:width]
+        self.cache.coming = Step.of(self.tables_BP[:width], positions_B)
+        packing = Packing(segments=[Segment(row, 1) for row in range(width)], num_tokens=width)
+        hidden_BH = self.policy.hidden(self.ids_B[:width], positions_B, packing, cache=self.cache)
+        return self.policy.logits(hidden_BH)
+
+    def _capture(self, width: int) -> None:
+        """Run the step once, so that everything is compiled and allocated, then record it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._compute(width)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                logits_BV = self._compute(width)
+        except RuntimeError as error:
+            log.warning(
+                "rollouts: this model's decode steps cannot be captured as CUDA graphs (%s); they are launched one kernel "
+                "at a time, which is slower",
+                str(error).strip().splitlines()[0],
+            )
+            self._has_graphs = False
+            logits_BV = self._compute(width)
+        self._graphs[width] = graph, logits_BV
+
+
+class PagedRows(PageRows):
+    """Rows of one session; see Rows in session.py."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        steps: DecodeSteps,
+        pages: Pages,
+        budget: Budget,
+        *,
+        stop_ids: frozenset[int],
+    ) -> None:
+        num_embeddings = policy.causal_lm.get_input_embeddings().weight.shape[0]
+        super().__init__(pages, budget, stop_ids=stop_ids, num_embeddings=num_embeddings)
+        self._policy, self._steps = policy, steps
+        self._logits_BV = torch.empty(0)
+
+    def _prefill(self, prompts: list[list[int]], known: list[int], tables: list[list[int]]) -> None:
+        # What another row has computed already is computed once more, and what that row reads stays as it is.
+        places = [
+            (table[t // PAGE] if t >= start else self._steps.nowhere) * PAGE + t % PAGE
+            for prompt, start, table in zip(prompts, known, tables, strict=True)
+            for t in range(len(prompt))
+        ]
+        with eval_mode(self._policy):
+            self._logits_BV = self._steps.prefill(prompts, places)
+
+    def _draw(self, requests: list[Request], logits_row: list[int]) -> None:
+        rows = torch.tensor(logits_row, device=self._logits_BV.device)
+        draw_tokens(self._logits_BV[rows], requests, stop_ids=self._stop_ids)
+
+    @torch.no_grad()
+    def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
+        """The next tokens of every running row."""
+        is_plain = all(_is_plain(r) for r in scheduler.running)
+        steps = self._most_steps(scheduler.running, within_s=within_s) if is_plain else 1
+        steps = self._make_room(scheduler, steps=steps)
+        requests = scheduler.running
+        width = self._steps.place(requests, [self._pages_of[request] for request in requests])
+        with eval_mode(self._policy):
+            if is_plain:
+                began = time.perf_counter()
+                self._advance_plainly(requests, width, steps=steps)
+                self._step_s = max(time.perf_counter() - began, 1e-6) / steps
+            else:
+                logits_BV = self._steps.logits(width)[: len(requests)]
+                draw_tokens(logits_BV, requests, stop_ids=self._stop_ids)
+
+    def _advance_plainly(self, requests: Sequence[Request], width: int, *, steps: int) -> None:
+        """Several steps, of which the host sees the tokens at the end."""
+        device, empty = self._policy.device, width - len(requests)
+        uniforms = [r.uniforms.peek(steps) for r in requests] + [[0.0] * steps] * empty
+        uniforms_SB = torch.tensor(uniforms, dtype=torch.float64).t().to(device)
+        temperatures = [r.sampling.temperature for r in requests] + [1.0] * empty
+        temperatures_B = torch.tensor(temperatures, device=device)
+        is_greedy_B = temperatures_B == 0
+        any_greedy = 0 in temperatures
+        temperatures_B1 = temperatures_B.masked_fill(is_greedy_B, 1)[:, None]
+        found = []
+        for step in range(steps):
+            logits_BV = self._steps.logits(width)
+            best_B = logits_BV.argmax(1) if any_greedy else None
+            token_B, logprob_B = inverse_cdf(logits_BV.div_(temperatures_B1), uniforms_SB[step])
+            if best_B is not None:
+                best_logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - logits_BV.logsumexp(1)
+                token_B = torch.where(is_greedy_B, best_B, token_B)
+                logprob_B = torch.where(is_greedy_B, best_logprob_B.double(), logprob_B)
+            found.append((token_B, logprob_B))
+            self._steps.ids_B[:width] = token_B
+            self._steps.positions_B[:width] += 1
+        ids = torch.stack([token_B for token_B, _ in found], dim=1).tolist()
+        logprobs = torch.stack([logprob_B for _, logprob_B in found], dim=1).tolist()
+        for row, request in enumerate(requests):
+            request.uniforms.take(steps)
+            for token, logprob in zip(ids[row], logprobs[row], strict=True):
+                if request.finish_reason is None:
+                    request.add(token, logprob, stop_ids=self._stop_ids)
+
+
+def why_not_paged(policy: Policy) -> tuple[str | None, Attend]:
+    """Why this policy is not sampled from so; else None, and the attention that was tried on its device."""
+    if policy.device.type != "cuda":
+        return f"it runs on {policy.device.type}, and pages on a device are for CUDA", attend_slowly
+    if len({p.device for p in policy.parameters()}) > 1:
+        return "its layers lie on several devices", attend_slowly
+    if hasattr(policy, "unshard"):
+        return "its weights are sharded over ranks", attend_slowly
+    if not policy.seams.attention:
+        return "model.seams.attention is off", attend_slowly
+    try:
+        from kitae.rollout.triton_attention import attend
+    except ImportError:
+        return "triton, which compiles its attention, is not installed", attend_slowly
+    return _why_not_right(policy, attend), attend
+
+
+def _why_not_right(policy: Policy, attend: Attend) -> str | None:
+    """Try the kernels on random numbers in the policy's shapes, against attend_slowly."""
+    from kitae.models.flex import head_sizes
+
+    queries, heads, size, value_size = head_sizes(policy.causal_lm.config)
+    generator = torch.Generator().manual_seed(0)
+    lengths, pages = [1, 16, 17, 300, 700], 64
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(policy.device, policy.dtype)
+
+    q_BQD = drawn(len(lengths), queries, size)
+    keys, values = drawn(pages, PAGE, heads, size), drawn(pages, PAGE, heads, value_size)
+    tables = torch.stack([torch.randperm(pages, generator=generator) for _ in lengths]).int()
+    positions = torch.tensor(lengths) - 1
+    given = (q_BQD, keys, values, tables.to(policy.device), positions.to(policy.device), size**-0.5)
+    try:
+        found = attend(*given).float()
+    except Exception as error:  # compilers raise anything
+        return f"its attention kernels do not run here: {str(error).strip().splitlines()[0][:200]}"
+    expected = attend_slowly(*given).float()
+    off = float((found - expected).norm() / expected.norm())
+    if not off < (1e-4 if policy.dtype == torch.float32 else 0.02):
+        return f"its attention kernels give other numbers here: {off:.1e} off"
+    return None
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether its tokens can be drawn without the host, from the whole distribution."""
+    s = request.sampling
+    is_truncated = s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p > 0)
+    return not is_truncated and not needs_logits(request)
+
+
+def _width_of(num_rows: int) -> int:
+    """Rows of a step: few different numbers, since each has a graph of its own."""
+    return 1 << (num_rows - 1).bit_length()
+
+
+def _round_up(length: int) -> int:
+    """So that few sessions need more than those before."""
+    return max(256, _width_of(length))
