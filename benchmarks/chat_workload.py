@@ -30,6 +30,8 @@ QUESTION_WORDS = 24
 """Words of a question to sample completions of."""
 MEAN_COMPLETION = 120
 """Tokens after which an untrained model of sampling benchmarks ends a completion, on average."""
+DEEPEST_ENDING = 12
+"""Layers up to which that can be arranged (`ending`); completions of deeper models are as long as they may be."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "5m": {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
@@ -167,7 +169,8 @@ def make(
     write(folder / "pairs.jsonl", pairs(made, vocabulary=vocabulary, seed=seed))
     write(folder / "questions.jsonl", questions(num_rows, vocabulary=vocabulary, seed=seed))
     if not is_moe and size != "8b":
-        ending(model)
+        if sizes["num_hidden_layers"] <= DEEPEST_ENDING:
+            ending(model)
         model.save_pretrained(folder / "sampler")
         tokenizer.save_pretrained(folder / "sampler")
     taught = [len(row["completion"][0]["content"].split()) + 1 for row in made]

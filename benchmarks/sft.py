@@ -25,13 +25,16 @@ PEERS = {
     "trl-liger": ["sft_trl.py", "--variant", "default", "--liger"],
     "trl-liger-best": ["sft_trl.py", "--variant", "packed", "--gradient-checkpointing", "off", "--liger"],
     "transformers": ["sft_transformers.py"],
+    "kitae-recompute": ["sft_kitae.py", "--gradient-checkpointing", "on"],
 }
 """TRL as it comes; with one packed row of --max-length tokens a step; that without recomputing activations; padding-free;
-with Liger's kernels, as it comes and as packed without recomputing; and transformers' Trainer."""
+with Liger's kernels, as it comes and as packed without recomputing; transformers' Trainer; and kitae
+itself with layers recomputed."""
 TARGETS: dict[tuple[str, bool], dict[str, tuple[float | None, float | None]]] = {
     ("5m", False): {"trl": (5.5, 0.35), "trl-packed-best": (3.0, 0.6)},
     ("5m", True): {"trl": (6.0, 0.35), "trl-packed-best": (3.5, 0.55)},
     ("42m-150k", False): {"trl": (12.0, 0.33), "trl-packed-best": (6.0, 0.7)},
+    ("1.5b", True): {"trl-liger": (1.5, 0.7), "trl-liger-best": (1.5, 0.7)},
     ("13m-moe", False): {"trl": (4.5, 0.6), "trl-packed-best": (2.5, 0.9)},
 }
 """What kitae is to reach at a size, fully trained or as LoRA: times a peer's tokens per second, share of its memory."""

@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, required=True)
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
+    parser.add_argument("--gradient-checkpointing", choices=["on", "off"], default="off")
     options = parser.parse_args()
 
     import kitae
@@ -37,6 +38,7 @@ def main() -> None:
                 "device": options.device,
                 "dtype": "auto" if options.precision == "default" else options.precision,
                 "quantization": options.quantization,
+                "gradient_checkpointing": options.gradient_checkpointing == "on",
             },
             "lora": {"rank": options.lora_rank, "alpha": 2 * options.lora_rank} if options.lora_rank else {},
             "data": {

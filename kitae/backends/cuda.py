@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ class CudaBackend:
         return torch.cuda.is_available()
 
     def prepare(self) -> None:
-        return
+        """Let freed memory grow together: packed passes differ in length, and blocks of other sizes could not be used."""
+        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the new name and the one before
+            os.environ.setdefault(variable, "expandable_segments:True")
 
     def count(self) -> int:
         return torch.cuda.device_count()

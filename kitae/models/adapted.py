@@ -142,8 +142,9 @@ class _AdaptedLinears(torch.autograd.Function):
         ys_TO = [base(x_TI) for base in bases]
         t_TR = F.linear(x_TI, a[0] if len(a) == 1 else torch.cat(a))
         ts_TR = t_TR.split([len(own) for own in a], 1)
-        for y_TO, t, scale, b_OR in zip(ys_TO, ts_TR, scales, b, strict=True):
-            y_TO.addmm_(t.mul_(scale), b_OR.t())
+        _scale_(t_TR, ts_TR, scales)
+        for y_TO, t, b_OR in zip(ys_TO, ts_TR, b, strict=True):
+            y_TO.addmm_(t, b_OR.t())
         dense = [base.weight for base in bases if _is_dense(base.weight)]
         ctx.save_for_backward(x, t_TR, *ab, *dense)
         ctx.bases, ctx.scales = bases, scales
@@ -159,8 +160,10 @@ class _AdaptedLinears(torch.autograd.Function):
         grads_TO = [grad.reshape(len(x_TI), -1) for grad in grads]
         ranks = [len(own) for own in a]
         u_TR = torch.empty_like(t_TR)
-        for grad_TO, b_OR, scale, u in zip(grads_TO, b, ctx.scales, u_TR.split(ranks, 1), strict=True):
-            torch.mm(grad_TO, b_OR, out=u).mul_(scale)
+        us_TR = u_TR.split(ranks, 1)
+        for grad_TO, b_OR, u in zip(grads_TO, b, us_TR, strict=True):
+            torch.mm(grad_TO, b_OR, out=u)
+        _scale_(u_TR, us_TR, ctx.scales)
         grad_a = torch.mm(u_TR.t(), x_TI).split(ranks)
         grad_b = [grad_TO.t() @ t for grad_TO, t in zip(grads_TO, t_TR.split(ranks, 1), strict=True)]
         grad_x = None
@@ -173,6 +176,15 @@ class _AdaptedLinears(torch.autograd.Function):
             if main_grad is not None:
                 main_grad.add_(grad)
         return grad_x, None, None, *left
+
+
+def _scale_(whole_TR: Tensor, parts_TR: Sequence[Tensor], scales: Sequence[float]) -> None:
+    """Multiply the parts by their scales, in place; at once where those are the same."""
+    if len(set(scales)) == 1:
+        whole_TR.mul_(scales[0])
+        return
+    for part, scale in zip(parts_TR, scales, strict=True):
+        part.mul_(scale)
 
 
 def _through_frozen(bases: Sequence[Any], dense: Sequence[Tensor], grads_TO: Sequence[Tensor]) -> Tensor:

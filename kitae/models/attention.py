@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -233,3 +234,13 @@ def cut(segments: Sequence[Segment], *, prefix_length: int = 0) -> list[list[Seg
 
 def _round_up(length: int) -> int:
     return length if length <= ROUND_TO else -(-length // ROUND_TO) * ROUND_TO
+
+
+def head_sizes(config: Any) -> tuple[int, int, int, int]:
+    """Query heads, key-value heads, and the sizes of a key and of a value, as attention sees them."""
+    text = config.get_text_config()
+    heads: int = text.num_attention_heads
+    if getattr(text, "kv_lora_rank", None):  # latent attention lays out every head's keys and values
+        return heads, heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads, getattr(text, "num_key_value_heads", None) or heads, size, size

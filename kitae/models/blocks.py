@@ -3,11 +3,13 @@
     x --norm--> q, k, v --rotary, attention--> + --norm--> gate, up --SwiGLU, down--> +
 
 Modules, their names and their parameters stay transformers' own, and so do the linears they call: adapters and sharding
-work as they do without. What native.py has no kernel for goes the module's own way.
+work as they do without. Kernels are native.py's on a CPU and triton_blocks.py's on a GPU; what they do not take goes the
+module's own way.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -43,17 +45,20 @@ def fuse_rmsnorms(model: nn.Module, *, kernels: bool = False) -> int:
     return count
 
 
-def fuse_layers(model: nn.Module, *, attention_name: str) -> None:
-    """Let attention and MLP modules of the known classes compute with kernels, attention through that interface."""
+def fuse_layers(model: nn.Module, *, attention_name: str, kernels: Any = native) -> None:
+    """Let attention and MLP modules of the known classes compute with kernels, attention through that interface.
+
+    `kernels` is a module with `fits`, `rotary`, `swiglu` and LARGEST_HEAD.
+    """
     modules: Any = model.modules()  # whose attributes are dynamic
     for module in modules:
         kind = type(module).__name__
         if not type(module).__module__.startswith("transformers.models."):
             continue
         if kind in ATTENTIONS and module.config._attn_implementation == attention_name:
-            module.forward = types.MethodType(_attention, module)
+            module.forward = types.MethodType(functools.partial(_attention, kernels), module)
         elif kind in MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            module.forward = types.MethodType(_mlp, module)
+            module.forward = types.MethodType(functools.partial(_mlp, kernels), module)
 
 
 def _fused_rmsnorm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -81,6 +86,7 @@ def _is_plain_rmsnorm(kind: type) -> bool:
 
 
 def _attention(
+    kernels: Any,
     self: Any,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -91,9 +97,9 @@ def _attention(
     """The module's forward over one packed row, heads normalised and rotated by one kernel; without a cache of its own."""
     cos, sin = (x[0] for x in position_embeddings)
     norms = [getattr(self, name).weight if hasattr(self, name) else None for name in ("q_norm", "k_norm")]
-    is_whole_head = cos.shape[-1] == self.head_dim <= native.LARGEST_HEAD
+    is_whole_head = cos.shape[-1] == self.head_dim <= kernels.LARGEST_HEAD
     packed = hidden_states.shape[0] == 1 and cache is None and is_whole_head
-    if not packed or not native.fits(hidden_states, cos, sin, *norms):
+    if not packed or not kernels.fits(hidden_states, cos, sin, *norms):
         own: tuple[Tensor, None] = type(self).forward(
             self,
             hidden_states=hidden_states,
@@ -111,7 +117,7 @@ def _attention(
     )
     epsilon = self.q_norm.variance_epsilon if hasattr(self, "q_norm") else 0.0
     q_TQD, k_TKD = (
-        native.rotary(x, norm, cos, sin, epsilon) for x, norm in zip((q_TQD, k_TKD), norms, strict=True)
+        kernels.rotary(x, norm, cos, sin, epsilon) for x, norm in zip((q_TQD, k_TKD), norms, strict=True)
     )
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     out_1TQD, _ = attend(
@@ -126,8 +132,8 @@ def _attention(
     return self.o_proj(out_1TQD.flatten(2)), None
 
 
-def _mlp(self: Any, x: Tensor) -> Tensor:
+def _mlp(kernels: Any, self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    gated = native.swiglu(gate, up) if native.fits(gate, up) else self.act_fn(gate) * up
+    gated = kernels.swiglu(gate, up) if kernels.fits(gate, up) else self.act_fn(gate) * up
     y: Tensor = self.down_proj(gated)
     return y

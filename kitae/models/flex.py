@@ -140,7 +140,7 @@ def why_not(config: Any, *, dtype: torch.dtype, device: torch.device) -> str | N
 
     Small random heads go through both paths, forward and backward. The kernels are compiled here, which takes a while.
     """
-    queries, keys, size, value_size = head_sizes(config)
+    queries, keys, size, value_size = attention.head_sizes(config)
     generator = torch.Generator().manual_seed(0)
     shapes = [(queries, size), (keys, size), (keys, value_size)]
     drawn = [torch.randn(TRIED.num_tokens, *shape, generator=generator) for shape in shapes]
@@ -162,13 +162,3 @@ def why_not(config: Any, *, dtype: torch.dtype, device: torch.device) -> str | N
         if not off < (1e-4 if dtype == torch.float32 else 0.03):
             return f"FlexAttention gives other numbers here: {off:.1e} off"
     return None
-
-
-def head_sizes(config: Any) -> tuple[int, int, int, int]:
-    """Query heads, key-value heads, and the sizes of a key and of a value, as attention sees them."""
-    text = config.get_text_config()
-    heads: int = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):  # latent attention lays out every head's keys and values
-        return heads, heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
-    size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads, getattr(text, "num_key_value_heads", None) or heads, size, size

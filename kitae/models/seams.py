@@ -66,8 +66,9 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         if has_logits:
             compared.require_known_logits(causal_lm)
         plain_TH = compared.plain_hidden(causal_lm)
-    on_cpu = next(causal_lm.parameters()).device.type == "cpu"
-    use_kernels = settings.kernels and on_cpu and native.library() is not None
+    device = next(causal_lm.parameters()).device
+    use_kernels = settings.kernels and device.type == "cpu" and native.library() is not None
+    use_triton = settings.kernels and device.type == "cuda" and _triton_serves(causal_lm)
     use_experts = _install_experts(causal_lm, settings, plain_TH, name=NATIVE_NAME if use_kernels else NAME)
     reason = compared.why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
@@ -84,7 +85,12 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         blocks.fuse_layers(causal_lm, attention_name=NATIVE_NAME)
         embedding.fuse_embedding(causal_lm)
         linear.fuse_linears(causal_lm.get_decoder())
-    used = {"attention": use_attention, "head": use_head, "experts": use_experts, "kernels": use_kernels}
+    if use_triton:
+        from kitae.models import triton_blocks
+
+        blocks.fuse_layers(causal_lm, attention_name=NAME, kernels=triton_blocks)
+    used = {"attention": use_attention, "head": use_head, "experts": use_experts}
+    used["kernels"] = use_kernels or use_triton
     return settings.model_copy(update=used)
 
 
@@ -117,6 +123,20 @@ def packed_attention(
         return kv_cache.attend(layer, q_TQD, k_TKD, v_TKD, packing, scaling)[None], None
     out = attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout)
     return out[None], None
+
+
+def _triton_serves(causal_lm: Any) -> bool:
+    try:
+        from kitae.models import triton_blocks
+    except ImportError:
+        return False
+    sizes = attention.head_sizes(causal_lm.config)
+    reason = triton_blocks.why_not(
+        head_size=sizes[2], dtype=causal_lm.dtype, device=next(causal_lm.parameters()).device
+    )
+    if reason is not None:
+        log.info("torch's own operations instead of Triton's kernels: %s", reason)
+    return reason is None
 
 
 def _try_attention(causal_lm: Any, name: str, plain_TH: Tensor | None) -> str | None:

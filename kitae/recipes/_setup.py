@@ -122,7 +122,8 @@ class Setup:
         if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") != "generic":
             how["packed_types"] = MODEL_TYPES
         policy = load(self._model, lora=self.cfg.lora, **how)
-        kernels = "native" if policy.seams.kernels else "torch"
+        of_device = "native" if policy.device.type == "cpu" else "triton"
+        kernels = of_device if policy.seams.kernels else "torch"
         self.run.identify(training_kernels=kernels, attention=policy.causal_lm.config._attn_implementation)
         if policy.peft is not None:
             log.info("%s", as_text(coverage_table(coverage(policy.causal_lm))))

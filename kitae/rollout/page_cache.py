@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kitae.models import attention
-from kitae.models.flex import head_sizes
 from kitae.rollout.pages import PAGE
 from kitae.types import Packing
 
@@ -42,7 +41,7 @@ class PageCache:
     """A PageStore, and an AttentionCache over it; say what comes next by setting `coming`."""
 
     def __init__(self, config: Any, *, device: torch.device, dtype: torch.dtype, attend: Attend) -> None:
-        _, self._heads, *sizes = head_sizes(config)
+        _, self._heads, *sizes = attention.head_sizes(config)
         self._sizes = tuple(sizes)
         self._attend, self._device, self._dtype = attend, device, dtype
         num_layers = config.get_text_config().num_hidden_layers

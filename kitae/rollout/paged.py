@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kitae.config import SamplingSettings
+from kitae.models import attention
 from kitae.models.policy import Policy
 from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
 from kitae.rollout.budget import Budget, most_pages, pages_of
@@ -321,9 +322,7 @@ def why_not_paged(policy: Policy) -> tuple[str | None, Attend]:
 
 def _why_not_right(policy: Policy, attend: Attend) -> str | None:
     """Try the kernels on random numbers in the policy's shapes, against attend_slowly."""
-    from kitae.models.flex import head_sizes
-
-    queries, heads, size, value_size = head_sizes(policy.causal_lm.config)
+    queries, heads, size, value_size = attention.head_sizes(policy.causal_lm.config)
     generator = torch.Generator().manual_seed(0)
     lengths, pages = [1, 16, 17, 300, 700], 64
 

@@ -190,7 +190,8 @@ class Learner:
             slot.master.data.copy_(state["master"][slot.name])
             moments = state["optimizer"][slot.name]
             self.optimizer.state[slot.master] = {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in moments.items()
+                key: value.to(slot.master.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in moments.items()
             }
         self.flat.publish()
         fsdp.drop_gathered(self.policy)

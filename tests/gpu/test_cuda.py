@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,33 @@ def test_captured_steps_see_weights_that_have_changed(tiny):
     expected = fresh.generate(problems, n=1, sampling=how, seed=0)
     assert [r.token_ids for (r,) in after] == [r.token_ids for (r,) in expected]
     assert [r.token_ids for (r,) in after] != [r.token_ids for (r,) in before]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [16, 64, 80, 128, 192])
+def test_blocks_give_the_formulas_values_and_gradients(head_size, dtype, monkeypatch):
+    from kitae.models import triton_blocks
+
+    how = {"head_size": head_size, "dtype": dtype, "device": torch.device("cuda")}
+    assert triton_blocks.why_not(**how) is None
+    plain = triton_blocks.plain_rotary
+    monkeypatch.setattr(
+        triton_blocks, "plain_rotary", lambda x, norm, cos, sin, e: plain(x, norm, cos, -sin, e)
+    )
+    assert "give other numbers here" in triton_blocks.why_not(**how)
+
+
+def test_blocks_graphs_and_growing_memory_are_in_use(toy_files, tmp_path):
+    train(
+        read_method("grpo"),
+        files=toy_files,
+        output_dir=tmp_path / "run",
+        changes=short("cuda", dtype="bfloat16"),
+    )
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Triton" not in log, "they were refused"
+    assert "rollouts: paged engine" in log and "cannot be captured" not in log, log
+    assert "expandable_segments" in os.environ["PYTORCH_CUDA_ALLOC_CONF"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

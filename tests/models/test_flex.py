@@ -128,7 +128,7 @@ def test_heads_are_as_attention_gets_them(family, policy_of, monkeypatch):
     before = policy(batch).logprobs_N
     flex.install(policy.causal_lm, device=CPU, dtype=torch.float32)
     assert torch.equal(policy(batch).logprobs_N, before)
-    assert set(seen) == {flex.head_sizes(policy.config)} and len(seen) == policy.config.num_hidden_layers
+    assert set(seen) == {attention.head_sizes(policy.config)} and len(seen) == policy.config.num_hidden_layers
 
 
 class TestATrialDecides:
