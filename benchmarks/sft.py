@@ -82,6 +82,7 @@ def parse_options() -> argparse.Namespace:
         "--lora-rank", type=int, default=0, help="LoRA of all linear layers instead of full training"
     )
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a packed row of TRL's")
+    parser.add_argument("--length", type=int, help="tokens of every row (default: ragged)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--quantization", choices=["none", "nf4"], default="none", help="of the frozen weights"
@@ -100,6 +101,8 @@ def make_workload(folder: Path, options: argparse.Namespace, *, device: str = "c
     script = str(HERE / "chat_workload.py")
     command = [sys.executable, script, str(folder), "--size", options.size, "--rows", str(rows)]
     command += ["--device", device]
+    length = getattr(options, "length", None)
+    command += ["--length", str(length)] if length else []
     return harness.measure(Contender("workload", command)).values
 
 

@@ -320,8 +320,8 @@ class CompletionSettings(Section):
     """Completions sampled at the same time on each rank."""
     engine: Literal["auto", "generic", "native", "paged"] = "auto"
     """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use, with a
-    second copy of the weights; paged runs any model through transformers on one CUDA device, keys and values in pages,
-    steps as CUDA graphs; generic runs any model anywhere; auto takes paged on such a device, and native where it can run
+    second copy of the weights; paged runs any model through transformers on one GPU, keys and values in pages, steps
+    recorded as CUDA graphs; generic runs any model anywhere; auto takes paged on such a device, and native where it can run
     and the run is long enough for the compiling to pay."""
     quantization: Literal["none", "int8"] = "none"
     """int8 samples with linear weights and their inputs rounded to 8 bits, by the native engine: faster, and the copy of the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,17 @@ from torch import Tensor
 from kitae.errors import ConfigError
 from kitae.plugins import did_you_mean, names_in
 
-Feature = Literal["bfloat16", "float16", "nf4", "flex_attention", "float8"]
+Feature = Literal["bfloat16", "float16", "nf4", "flex_attention", "float8", "triton", "recording"]
+
+
+class Recording(NamedTuple):
+    """Work on a device that was launched once and can be launched again at once, with what lies in the same tensors."""
+
+    replay: Callable[[], None]
+    result: Tensor
+    """Where every replay leaves its result."""
+    pool: Any
+    """The memory it works in, which other recordings of the same work may share."""
 
 
 class Backend(Protocol):
@@ -53,6 +64,9 @@ class Backend(Protocol):
     def rng_state(self, device: torch.device) -> Tensor: ...
 
     def set_rng_state(self, state: Tensor, device: torch.device) -> None: ...
+
+    def record(self, work: Callable[[], Tensor], *, pool: Any = None) -> Recording:
+        """Record work that never waits for the device; RuntimeError where it cannot be. See supports("recording")."""
 
 
 def pick(name: str = "auto", *, setting: str = "model.device") -> Backend:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kitae.backends import Feature
+from kitae.backends import Feature, Recording
 from kitae.backends._heap import keep_freed_memory
 
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
@@ -44,6 +46,8 @@ class CpuBackend:
             )
         if feature == "flex_attention":
             return False, "it has no backward pass on CPUs"
+        if feature in ("triton", "recording"):
+            return False, "it is for GPUs"
         if feature == "float8":
             return True, "torch casts to and from it"
         return feature == "nf4", "bitsandbytes runs on CPUs" if feature == "nf4" else "slow on CPUs"
@@ -78,6 +82,9 @@ class CpuBackend:
 
     def set_rng_state(self, state: Tensor, device: torch.device) -> None:
         torch.set_rng_state(state)
+
+    def record(self, work: Callable[[], Tensor], *, pool: Any = None) -> Recording:
+        raise RuntimeError("this device cannot record work")
 
 
 def _lines(path: str) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kitae.backends import Feature
+from kitae.backends import Feature, Recording
 
 
 class CudaBackend:
@@ -32,7 +34,7 @@ class CudaBackend:
         if feature == "bfloat16":
             is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
             return is_fast, f"{torch.cuda.get_device_name()} {'has' if is_fast else 'has no'} bfloat16 units"
-        if feature == "flex_attention":
+        if feature in ("flex_attention", "triton"):
             if importlib.util.find_spec("triton") is None:
                 return False, "its compiler, triton, is not installed"
             return torch.cuda.get_device_capability() >= (
@@ -61,6 +63,18 @@ class CudaBackend:
 
     def set_rng_state(self, state: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
+
+    def record(self, work: Callable[[], Tensor], *, pool: Any = None) -> Recording:
+        """As a CUDA graph. Before, everything is compiled and allocated by running once."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+        return Recording(graph.replay, result, graph.pool())
 
 
 BACKEND = CudaBackend()

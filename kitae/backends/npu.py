@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kitae.backends import Feature
+from kitae.backends import Feature, Recording
 
 
 class NpuBackend:
@@ -31,6 +32,8 @@ class NpuBackend:
             "nf4": "bitsandbytes has no NPU kernels",
             "float8": "its casts to and from it are not known to be exact",
             "flex_attention": "its compiler, triton, has no NPUs",
+            "triton": "it has no NPUs",
+            "recording": "it is not written for NPUs",
         }
         return feature not in missing, missing.get(feature, "every such NPU does")
 
@@ -56,6 +59,9 @@ class NpuBackend:
 
     def set_rng_state(self, state: Tensor, device: torch.device) -> None:
         self._module().set_rng_state(state, device)
+
+    def record(self, work: Callable[[], Tensor], *, pool: Any = None) -> Recording:
+        raise RuntimeError("this device cannot record work")
 
     def _module(self) -> Any:
         """torch.npu, which importing torch_npu adds; typed Any because torch's own stubs do not have it."""

@@ -43,7 +43,7 @@ class UseSettings(SamplingSettings):
     """Completions sampled at the same time; memory grows with it, the result does not depend on it."""
     engine: Literal["auto", "generic", "native", "paged"] = "auto"
     """What samples: native is kitae's own C++ for Qwen, Llama and DeepSeek models on a CPU, compiled on first use; paged
-    runs any model through transformers on one CUDA device, keys and values in pages, steps as CUDA graphs; generic runs
+    runs any model through transformers on one GPU, keys and values in pages, steps recorded as CUDA graphs; generic runs
     any model anywhere; auto takes paged on such a device, and native where it can run and the model is large enough for the
     compiling to pay."""
     revision: str | None = None

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kitae import backends
 from kitae.config import SeamSettings
 from kitae.errors import ModelError
 from kitae.models import attention, blocks, compared, embedding, experts, linear, native
@@ -68,7 +69,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         plain_TH = compared.plain_hidden(causal_lm)
     device = next(causal_lm.parameters()).device
     use_kernels = settings.kernels and device.type == "cpu" and native.library() is not None
-    use_triton = settings.kernels and device.type == "cuda" and _triton_serves(causal_lm)
+    use_triton = settings.kernels and backends.of(device).supports("triton")[0] and _triton_serves(causal_lm)
     use_experts = _install_experts(causal_lm, settings, plain_TH, name=NATIVE_NAME if use_kernels else NAME)
     reason = compared.why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
@@ -126,10 +127,8 @@ def packed_attention(
 
 
 def _triton_serves(causal_lm: Any) -> bool:
-    try:
-        from kitae.models import triton_blocks
-    except ImportError:
-        return False
+    from kitae.models import triton_blocks
+
     sizes = attention.head_sizes(causal_lm.config)
     reason = triton_blocks.why_not(
         head_size=sizes[2], dtype=causal_lm.dtype, device=next(causal_lm.parameters()).device

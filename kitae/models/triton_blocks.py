@@ -30,7 +30,7 @@ def fits(*tensors: Tensor | None) -> bool:
     """Whether kernels are there for tensors such as these: whole ones on a GPU, of one dtype."""
     given = [x for x in tensors if x is not None]
     return all(
-        x.device.type == "cuda" and x.dtype == given[0].dtype and type(x) in (Tensor, torch.nn.Parameter)
+        x.device.type != "cpu" and x.dtype == given[0].dtype and type(x) in (Tensor, torch.nn.Parameter)
         for x in given
     )
 

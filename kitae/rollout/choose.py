@@ -19,7 +19,7 @@ from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.int8 import is_fast_here
 from kitae.rollout.native import NativeEngine
-from kitae.rollout.paged import PagedEngine, why_not_paged
+from kitae.rollout.paged import PagedEngine, fast_attend, why_not_paged
 from kitae.rollout.shapes import compute_dtype, why_not_int8, why_not_native
 
 log = logging.getLogger(__name__)
@@ -71,18 +71,18 @@ def open_engine(
             f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but that engine does not count "
             "tokens; leave one of them out"
         )
-    own = policy if load_copy is None else None
+    own: Callable[[], Policy] = load_copy or (lambda: policy)
     if wanted in ("auto", "paged") and not is_int8:
-        why_not, attend = why_not_paged(policy)
+        why_not = why_not_paged(policy)
         if why_not is None:
-            log.info("rollouts: paged engine, %d rows at a time, decode steps as CUDA graphs", max_rows)
+            log.info("rollouts: paged engine, %d rows at a time", max_rows)
             paged = PagedEngine(
-                own or load_copy(),
+                own(),
                 stop_ids=stop_ids,
                 decode=decode,
                 max_rows=max_rows,
-                attend=attend,
-                has_graphs=True,
+                attend=fast_attend(),
+                records=load_copy is None,  # while another thread uses the device, nothing can be recorded
                 kv_cache_tokens=kv_cache_tokens,
                 kv_setting=f"{own_names}kv_cache_tokens",
             )
@@ -91,7 +91,7 @@ def open_engine(
             raise ConfigError(
                 f"{setting} is paged, but that engine cannot sample from this model: {why_not}; set it to auto or generic"
             )
-        if policy.device.type == "cuda":
+        if policy.device.type != "cpu":
             log.info("rollouts: not the paged engine: %s", why_not)
     reason = None
     if wanted != "generic":
@@ -146,9 +146,7 @@ def open_engine(
             own_names,
             max_rows,
         )
-    return Chosen(
-        GenericEngine(own or load_copy(), stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic"
-    )
+    return Chosen(GenericEngine(own(), stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
 
 
 def _why_not(policy: Policy, *, insists: bool, tokens: float) -> str | None:

@@ -72,13 +72,13 @@ class PageCache:
     ) -> Tensor:
         """See AttentionCache."""
         keys, values = self._layers[layer_idx]
-        is_step = isinstance(self.coming, Step)
-        places = self.coming.places_B if isinstance(self.coming, Step) else self.coming
+        step = self.coming if isinstance(self.coming, Step) else None
+        places = self.coming if isinstance(self.coming, Tensor) else self.coming.places_B
         keys.view(-1, *keys.shape[2:])[places] = k_TKD[: len(places)].to(self._dtype)
         values.view(-1, *values.shape[2:])[places] = v_TKD[: len(places)].to(self._dtype)
-        if not is_step:
+        if step is None:
             return attention.attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling)
-        return self._attend(q_TQD, keys, values, self.coming.tables_BP, self.coming.positions_B, scaling)
+        return self._attend(q_TQD, keys, values, step.tables_BP, step.positions_B, scaling)
 
     def _made(self, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [pages, PAGE, K, D]."""

@@ -1,9 +1,9 @@
-"""Sampling on a GPU with the policy's own module: keys and values in pages, and each decode step replayed as a CUDA graph.
+"""Sampling on a GPU with the policy's own module: keys and values in pages, and decode steps that are recorded and replayed.
 
     prompts --packed, as in training--> pages, first tokens
-    rows' last tokens --graph: module, one-token attention over pages, head--> logits --draw--> next tokens, up to 16 times
+    rows' last tokens --replay: module, one-token attention over pages, head--> logits --draw--> next ones, up to 16 times
 
-A step of a large model is over a thousand small kernels, which take longer to launch than to run; a graph launches them at
+A step of a large model is over a thousand small kernels, which take longer to launch than to run; a replay launches them at
 once. Tokens stay on the device between the steps of a call: a row that ends meanwhile computes tokens that nobody reads.
 """
 
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kitae import backends
+from kitae.backends import Recording
 from kitae.config import SamplingSettings
 from kitae.models import attention
 from kitae.models.policy import Policy
@@ -49,11 +51,11 @@ class PagedEngine:
         decode: Callable[[list[int]], str],
         max_rows: int,
         attend: Attend = attend_slowly,
-        has_graphs: bool = False,
+        records: bool = False,
         kv_cache_tokens: int | None = None,
         kv_setting: str = "kv_cache_tokens",
     ) -> None:
-        """`attend` is the steps' attention. With `has_graphs` steps are captured, and replayed from then on.
+        """`attend` is the steps' attention. With `records` steps are recorded, and replayed from then on.
 
         `kv_cache_tokens`, the value of the user's setting `kv_setting`, is how many tokens' keys and values there may be;
         None takes what the rows can need, up to a share of the free memory (budget.py).
@@ -62,7 +64,7 @@ class PagedEngine:
         self.stop_ids = frozenset(stop_ids)
         self.decode = decode
         self.max_rows = max_rows
-        self._attend, self._has_graphs = attend, has_graphs
+        self._attend, self._records = attend, records
         self._kv_cache_tokens, self._kv_setting = kv_cache_tokens, kv_setting
         self._steps: DecodeSteps | None = None
 
@@ -105,7 +107,7 @@ class PagedEngine:
         return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
 
     def _steps_for(self, max_rows: int, longest: int) -> DecodeSteps:
-        """Those of the session before where they suffice: memory and graphs stay from one session to the next."""
+        """Those of the session before where they suffice: memory and recordings stay from one session to the next."""
         before = self._steps
         if before is None or max_rows > before.max_rows or longest > before.longest:
             self._steps = None  # its memory is free before more is asked for
@@ -114,7 +116,7 @@ class PagedEngine:
                 max_rows=max(max_rows, before.max_rows if before else 0),
                 longest=max(_round_up(longest), before.longest if before else 0),
                 attend=self._attend,
-                has_graphs=self._has_graphs,
+                records=self._records,
                 kv_cache_tokens=self._kv_cache_tokens,
                 kv_setting=self._kv_setting,
             )
@@ -132,7 +134,7 @@ class DecodeSteps:
         max_rows: int,
         longest: int,
         attend: Attend,
-        has_graphs: bool,
+        records: bool,
         kv_cache_tokens: int | None,
         kv_setting: str,
     ) -> None:
@@ -152,8 +154,8 @@ class DecodeSteps:
         self.tables_BP = torch.full(
             (width, pages_of(longest)), self.nowhere, dtype=torch.int32, device=device
         )
-        self._has_graphs = has_graphs
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._backend, self._records = backends.of(device), records
+        self._recordings: dict[int, Recording] = {}
 
     def place(self, requests: Sequence[Request], tables: list[list[int]]) -> int:
         """Put the rows' last tokens where the steps read them; returns how many rows a step computes."""
@@ -169,13 +171,13 @@ class DecodeSteps:
 
     def logits(self, width: int) -> Tensor:
         """Logits [width, V] of the tokens in place, which may be overwritten until the next step."""
-        if not self._has_graphs:
+        if self._records and width not in self._recordings:
+            self._record(width)
+        if not self._records:
             return self._compute(width)
-        if width not in self._graphs:
-            self._capture(width)
-        graph, logits_BV = self._graphs[width]
-        graph.replay()
-        return logits_BV
+        recording = self._recordings[width]
+        recording.replay()
+        return recording.result
 
     def prefill(self, prompts: list[list[int]], places: list[int]) -> Tensor:
         """Compute packed prompts, keep the keys and values of each token at its place; logits of the last tokens."""
@@ -188,10 +190,10 @@ class DecodeSteps:
             start += len(prompt)
             last.append(start - 1)
         device = self.policy.device
-        tensors = (torch.tensor(x + padding, device=device) for x in (ids, positions))
+        ids_T, positions_T = (torch.tensor(x + padding, device=device) for x in (ids, positions))
         self.cache.coming = torch.tensor(places, device=device)
         packing = Packing(segments=segments, num_tokens=len(ids) + len(padding))
-        hidden_TH = self.policy.hidden(*tensors, packing, cache=self.cache)
+        hidden_TH = self.policy.hidden(ids_T, positions_T, packing, cache=self.cache)
         return self.policy.logits(hidden_TH[torch.tensor(last, device=device)])
 
     def _compute(self, width: int) -> Tensor:
@@ -201,27 +203,19 @@ class DecodeSteps:
         hidden_BH = self.policy.hidden(self.ids_B[:width], positions_B, packing, cache=self.cache)
         return self.policy.logits(hidden_BH)
 
-    def _capture(self, width: int) -> None:
-        """Run the step once, so that everything is compiled and allocated, then record it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute(width)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+    def _record(self, width: int) -> None:
+        pool = next(iter(self._recordings.values())).pool if self._recordings else None
         try:
-            with torch.cuda.graph(graph, pool=pool):
-                logits_BV = self._compute(width)
+            recording = self._backend.record(lambda: self._compute(width), pool=pool)
         except RuntimeError as error:
             log.warning(
-                "rollouts: this model's decode steps cannot be captured as CUDA graphs (%s); they are launched one kernel "
-                "at a time, which is slower",
+                "rollouts: this model's decode steps cannot be recorded (%s); they are launched one kernel at a time, "
+                "which is slower",
                 str(error).strip().splitlines()[0],
             )
-            self._has_graphs = False
-            logits_BV = self._compute(width)
-        self._graphs[width] = graph, logits_BV
+            self._records = False
+            return
+        self._recordings[width] = recording
 
 
 class PagedRows(PageRows):
@@ -303,24 +297,30 @@ class PagedRows(PageRows):
                     request.add(token, logprob, stop_ids=self._stop_ids)
 
 
-def why_not_paged(policy: Policy) -> tuple[str | None, Attend]:
-    """Why this policy is not sampled from so; else None, and the attention that was tried on its device."""
-    if policy.device.type != "cuda":
-        return f"it runs on {policy.device.type}, and pages on a device are for CUDA", attend_slowly
+def why_not_paged(policy: Policy) -> str | None:
+    """Why this policy is not sampled from so, or None where it can be; the kernels are tried on its device."""
+    backend = backends.of(policy.device)
+    for feature in ("triton", "recording"):
+        has_it, reason = backend.supports(feature)
+        if not has_it:
+            return f"it runs on {policy.device.type}, {feature}: {reason}"
     if len({p.device for p in policy.parameters()}) > 1:
-        return "its layers lie on several devices", attend_slowly
+        return "its layers lie on several devices"
     if hasattr(policy, "unshard"):
-        return "its weights are sharded over ranks", attend_slowly
+        return "its weights are sharded over ranks"
     if not policy.seams.attention:
-        return "model.seams.attention is off", attend_slowly
-    try:
-        from kitae.rollout.triton_attention import attend
-    except ImportError:
-        return "triton, which compiles its attention, is not installed", attend_slowly
-    return _why_not_right(policy, attend), attend
+        return "model.seams.attention is off"
+    return _why_not_right(policy)
 
 
-def _why_not_right(policy: Policy, attend: Attend) -> str | None:
+def fast_attend() -> Attend:
+    """The steps' attention where why_not_paged has nothing against it."""
+    from kitae.rollout.triton_attention import attend
+
+    return attend
+
+
+def _why_not_right(policy: Policy) -> str | None:
     """Try the kernels on random numbers in the policy's shapes, against attend_slowly."""
     queries, heads, size, value_size = attention.head_sizes(policy.causal_lm.config)
     generator = torch.Generator().manual_seed(0)
@@ -335,7 +335,7 @@ def _why_not_right(policy: Policy, attend: Attend) -> str | None:
     positions = torch.tensor(lengths) - 1
     given = (q_BQD, keys, values, tables.to(policy.device), positions.to(policy.device), size**-0.5)
     try:
-        found = attend(*given).float()
+        found = fast_attend()(*given).float()
     except Exception as error:  # compilers raise anything
         return f"its attention kernels do not run here: {str(error).strip().splitlines()[0][:200]}"
     expected = attend_slowly(*given).float()
@@ -353,7 +353,7 @@ def _is_plain(request: Request) -> bool:
 
 
 def _width_of(num_rows: int) -> int:
-    """Rows of a step: few different numbers, since each has a graph of its own."""
+    """Rows of a step: few different numbers, since each has a recording of its own."""
     return 1 << (num_rows - 1).bit_length()
 
 

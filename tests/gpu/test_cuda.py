@@ -123,7 +123,7 @@ def engine_on(device: str, folder: Path, *, wanted: str, **more: Any) -> Chosen:
 @pytest.mark.parametrize("engine", ["generic", "paged"])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "deepseek_v3"])
 def test_tokens_are_those_of_the_cpu(family, engine, sampling, tiny):
-    """Beside which other rows run, enter and end; and of a second session, which has its steps captured already."""
+    """Beside which other rows run, enter and end; and of a second session, which has its steps recorded already."""
     how = SamplingSettings(max_new_tokens=40, **sampling)
     problems, folder = problems_of([3, 17, 64, 1, 130, 63, 65]), tiny(family, **SHARP)
     expected = engine_on("cpu", folder, wanted="generic").engine.generate(problems, n=2, sampling=how, seed=0)
@@ -152,7 +152,7 @@ def test_a_small_budget_of_keys_and_values_changes_no_token(tiny):
     assert few == many
 
 
-def test_captured_steps_see_weights_that_have_changed(tiny):
+def test_recorded_steps_see_weights_that_have_changed(tiny):
     how, problems = SamplingSettings(max_new_tokens=20, temperature=0), problems_of([5, 9])
     engine = engine_on("cuda", tiny("qwen3", **SHARP), wanted="paged").engine
     before = engine.generate(problems, n=1, sampling=how, seed=0)
@@ -189,7 +189,7 @@ def test_blocks_graphs_and_growing_memory_are_in_use(toy_files, tmp_path):
     )
     log = (tmp_path / "run" / "train.log").read_text()
     assert "Triton" not in log, "they were refused"
-    assert "rollouts: paged engine" in log and "cannot be captured" not in log, log
+    assert "rollouts: paged engine" in log and "cannot be recorded" not in log, log
     assert "expandable_segments" in os.environ["PYTORCH_CUDA_ALLOC_CONF"]
 
 
