@@ -54,8 +54,8 @@ class SeamSettings(Section):
     then gives what padded rows give. Off, and elsewhere: padded rows, or the kernels below."""
     kernels: bool = True
     """On a CPU, what a layer does beside its matrix products in C++ kernels, and in bfloat16 those too; the machine's
-    compiler makes them when they are first needed (seconds, once). Off, without a compiler and under
-    model.torch_compile: torch's operations."""
+    compiler makes them when they are first needed (seconds, once). On a GPU, rotary embedding and gates in Triton. Off,
+    without a compiler and under model.torch_compile: torch's operations."""
 
 
 class ModelSettings(Section):

@@ -7,9 +7,10 @@ before and after its kernels were compiled.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -72,72 +73,41 @@ def open_engine(
             "tokens; leave one of them out"
         )
     own: Callable[[], Policy] = load_copy or (lambda: policy)
+    how: dict[str, Any] = {"stop_ids": stop_ids, "decode": decode, "max_rows": max_rows}
+    budget: dict[str, Any] = {"kv_cache_tokens": kv_cache_tokens, "kv_setting": f"{own_names}kv_cache_tokens"}
     if wanted in ("auto", "paged") and not is_int8:
-        why_not = why_not_paged(policy)
-        if why_not is None:
+        reason = why_not_paged(policy)
+        if reason is None:
             log.info("rollouts: paged engine, %d rows at a time", max_rows)
-            paged = PagedEngine(
-                own(),
-                stop_ids=stop_ids,
-                decode=decode,
-                max_rows=max_rows,
-                attend=fast_attend(),
-                records=load_copy is None,  # while another thread uses the device, nothing can be recorded
-                kv_cache_tokens=kv_cache_tokens,
-                kv_setting=f"{own_names}kv_cache_tokens",
-            )
-            return Chosen(paged, "paged")
+            # While another thread uses the device, nothing can be recorded.
+            records = load_copy is None
+            return Chosen(PagedEngine(own(), attend=fast_attend(), records=records, **how, **budget), "paged")
         if wanted == "paged":
             raise ConfigError(
-                f"{setting} is paged, but that engine cannot sample from this model: {why_not}; set it to auto or generic"
+                f"{setting} is paged, but that engine cannot sample from this model: {reason}; set it to auto or generic"
             )
         if policy.device.type != "cpu":
-            log.info("rollouts: not the paged engine: %s", why_not)
-    reason = None
+            log.info("rollouts: not the paged engine: %s", reason)
     if wanted != "generic":
-        reason = _why_not(policy, insists=wanted == "native" or is_int8, tokens=expected_tokens)
-    if is_int8 and reason is None:
-        reason = why_not_int8(policy)
-    if wanted != "generic" and reason is None:
-        try:
-            kernels = load_kernels()
-        except BuildError as error:
-            reason = f"its kernels could not be compiled: {error}"
-        else:
-            log.info(
-                "rollouts: native engine, %d rows at a time, %d threads (%s in %s%s)",
-                max_rows,
-                torch.get_num_threads(),
-                policy.causal_lm.config.model_type,
-                str(compute_dtype(policy)).removeprefix("torch."),
-                ", linear weights in int8" if is_int8 else "",
-            )
-            if is_int8 and not is_fast_here():
-                log.warning(
-                    "rollouts: this CPU has no avx512_vnni; sampling in int8 saves memory there, and no time"
-                )
+        insists = wanted == "native" or is_int8
+        kernels, reason = _native_kernels(policy, insists=insists, is_int8=is_int8, tokens=expected_tokens)
+        if kernels is not None:
+            _tell_native(policy, max_rows=max_rows, is_int8=is_int8)
+            shares = load_copy is None
             native = NativeEngine(
-                policy,
-                kernels=kernels,
-                stop_ids=stop_ids,
-                decode=decode,
-                max_rows=max_rows,
-                shares_embedding=load_copy is None,
-                quantization=quantization,
-                kv_cache_tokens=kv_cache_tokens,
-                kv_setting=f"{own_names}kv_cache_tokens",
+                policy, kernels=kernels, shares_embedding=shares, quantization=quantization, **how, **budget
             )
             return Chosen(native, "native")
-    if is_int8:
-        raise ConfigError(
-            f"{own_names}quantization is int8, which needs the native engine, and that cannot sample from this model: "
-            f"{reason}; set it to none"
-        )
-    if wanted == "native":
-        raise ConfigError(
-            f"{setting} is native, but the native engine cannot sample from this model: {reason}; set it to auto or generic"
-        )
-    if reason is not None:
+        if is_int8:
+            raise ConfigError(
+                f"{own_names}quantization is int8, which needs the native engine, and that cannot sample from this model: "
+                f"{reason}; set it to none"
+            )
+        if wanted == "native":
+            raise ConfigError(
+                f"{setting} is native, but the native engine cannot sample from this model: {reason}; set it to auto or "
+                "generic"
+            )
         log.info("rollouts: not the native engine: %s", reason)
     if kv_cache_tokens is not None:
         log.warning(
@@ -146,14 +116,37 @@ def open_engine(
             own_names,
             max_rows,
         )
-    return Chosen(GenericEngine(own(), stop_ids=stop_ids, decode=decode, max_rows=max_rows), "generic")
+    return Chosen(GenericEngine(own(), **how), "generic")
 
 
-def _why_not(policy: Policy, *, insists: bool, tokens: float) -> str | None:
+def _native_kernels(
+    policy: Policy, *, insists: bool, is_int8: bool, tokens: float
+) -> tuple[ctypes.CDLL | None, str]:
+    """The native engine's kernels, or why it does not sample here."""
     reason = why_not_native(policy)
     if reason is None and not insists and not pays(policy, tokens=tokens):
         reason = f"compiling it takes longer than sampling {tokens:,.0f} tokens from a model of this size"
-    return reason
+    if reason is None and is_int8:
+        reason = why_not_int8(policy)
+    if reason is not None:
+        return None, reason
+    try:
+        return load_kernels(), ""
+    except BuildError as error:
+        return None, f"its kernels could not be compiled: {error}"
+
+
+def _tell_native(policy: Policy, *, max_rows: int, is_int8: bool) -> None:
+    log.info(
+        "rollouts: native engine, %d rows at a time, %d threads (%s in %s%s)",
+        max_rows,
+        torch.get_num_threads(),
+        policy.causal_lm.config.model_type,
+        str(compute_dtype(policy)).removeprefix("torch."),
+        ", linear weights in int8" if is_int8 else "",
+    )
+    if is_int8 and not is_fast_here():
+        log.warning("rollouts: this CPU has no avx512_vnni; sampling in int8 saves memory there, and no time")
 
 
 def pays(policy: Policy, *, tokens: float) -> bool:

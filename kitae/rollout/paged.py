@@ -108,13 +108,15 @@ class PagedEngine:
 
     def _steps_for(self, max_rows: int, longest: int) -> DecodeSteps:
         """Those of the session before where they suffice: memory and recordings stay from one session to the next."""
-        before = self._steps
-        if before is None or max_rows > before.max_rows or longest > before.longest:
-            self._steps = None  # its memory is free before more is asked for
+        had_rows, had_longest = (self._steps.max_rows, self._steps.longest) if self._steps else (0, 0)
+        if max_rows > had_rows or longest > had_longest:
+            self._steps = None
+            if self.policy.device.type != "cpu":
+                torch.accelerator.empty_cache()  # so that its memory counts as free
             self._steps = DecodeSteps(
                 self.policy,
-                max_rows=max(max_rows, before.max_rows if before else 0),
-                longest=max(_round_up(longest), before.longest if before else 0),
+                max_rows=max(max_rows, had_rows),
+                longest=max(_round_up(longest), had_longest),
                 attend=self._attend,
                 records=self._records,
                 kv_cache_tokens=self._kv_cache_tokens,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -56,3 +58,21 @@ def test_a_features_answer_comes_with_its_reason():
     has, reason = CPU.supports("bfloat16")
     assert isinstance(has, bool)
     assert "this CPU has" in reason
+
+
+def test_a_cpu_has_neither_triton_nor_recorded_work():
+    for feature in ("triton", "recording"):
+        assert CPU.supports(feature) == (False, "it is for GPUs")
+    with pytest.raises(RuntimeError, match="cannot record"):
+        CPU.record(lambda: torch.zeros(1))
+
+
+@pytest.mark.parametrize("given", [None, "backend:native"])
+def test_memory_settings_of_the_user_are_left_alone(given, monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, given or "")
+        if given is None:
+            monkeypatch.delenv(name)
+    backends._load("cuda").prepare()
+    assert {os.environ[name] for name in names} == {given or "expandable_segments:True"}

@@ -32,6 +32,10 @@ BASE = {"model.name_or_path": "m", "data.train": "some/hub-name"}
             {"rollout.quantization": "int8", "grpo.is_cap": 2, "rollout.engine": "generic"},
             "only the native engine has 8-bit weights",
         ),
+        (
+            {"rollout.quantization": "int8", "grpo.is_cap": 2, "rollout.engine": "paged"},
+            "rollout.engine paged, but only the native engine has 8-bit weights",
+        ),
         ({"rollout.engine": "generic", "rollout.kv_cache_tokens": 4096}, "which keeps rows, not tokens"),
         ({"rollout.kv_cache_tokens": 15}, "rollout.kv_cache_tokens"),
     ],
