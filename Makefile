@@ -8,12 +8,12 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: quickstart test check lint types install install-dev bench docs clean help
 
 help:
-	@echo "make quickstart   install, then teach a small model to reason: about three minutes on 2 CPU cores"
+	@echo "make quickstart   install, then teach a small model to reason: one to three minutes on 2 CPU cores"
 	@echo "make test         install and run the whole test suite"
 	@echo "make check        lint, types and tests"
 	@echo "make docs         write anew the pages of docs/ that are generated"
-	@echo "make bench        measure against other tools on this machine (installs them): about 40 minutes on 2 CPU cores,"
-	@echo "                  and 8 more the first time, to build llama.cpp; BENCH='--only sft grpo' measures a part"
+	@echo "make bench        measure against other tools on this machine (installs them and builds llama.cpp): about an hour"
+	@echo "                  on 2 CPU cores; BENCH='--only sft grpo' measures a part"
 
 quickstart: install
 	$(BIN)/kitae quickstart

@@ -38,6 +38,8 @@ def main() -> None:
         "--lora-rank", type=int, default=0, help="LoRA of all linear layers instead of full training"
     )
     options = parser.parse_args()
+    if not 0 < options.warmup < options.steps:
+        parser.error(f"--warmup {options.warmup} must be at least 1 and below --steps {options.steps}")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as temporary:
         folder = Path(temporary)
         workload = sft.make_workload(folder, options)

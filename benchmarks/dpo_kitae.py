@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from importlib.metadata import version
-from pathlib import Path
+
+import contender_options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--lora-rank", type=int, required=True)
-    options = parser.parse_args()
+    options = contender_options.parser(__doc__).parse_args()
 
     import kitae
     from kitae.recipes._preference import ReferenceCache

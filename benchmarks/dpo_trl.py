@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from importlib.metadata import version
-from pathlib import Path
+
+import contender_options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--lora-rank", type=int, required=True)
+    parser = contender_options.parser(__doc__)
     parser.add_argument("--gradient-checkpointing", choices=["on", "off"])
     options = parser.parse_args()
 

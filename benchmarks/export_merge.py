@@ -28,6 +28,7 @@ if "--worker" in sys.argv:  # what a child measures; the parent stays small, and
 
 CONTENDERS = ("kitae", "copy")
 AIM = 0.6
+UNIT = "MiB/s written"
 HIDDEN, INNER, KEYS, RANK = 4096, 12288, 1024, 16
 """Qwen3-8B's sizes, and a usual rank."""
 SIZES = {
@@ -117,14 +118,10 @@ def main() -> None:
 def report(measured: dict[str, list[Measurement]], args: argparse.Namespace) -> None:
     print(f"merging rank {RANK}, {args.layers} layers of Qwen3-8B's size, {args.threads} threads")
     harness.print_machine(measured)
-    rows = []
-    for name, runs in measured.items():
-        numbers = [harness.show(harness.spread(runs, key)) for key in ("mib_per_s", "peak_rss_mib")]
-        ratio = harness.show(harness.ratio(runs, measured["copy"], "mib_per_s"), digits=2)
-        rows.append([name, *numbers, *((ratio, f">= {AIM}") if name == "kitae" else ("", ""))])
-    harness.print_table(["", "MiB/s written", "peak RSS MiB", "of the copy's speed", "aim"], rows)
+    comparisons = harness.compare(measured, key="mib_per_s", targets={"copy": (AIM, None)})
+    harness.print_comparisons(comparisons, unit=UNIT)
     if args.json:
-        harness.write_json(args.json, measured=measured, layers=args.layers)
+        harness.write_json(args.json, measured=measured, comparisons=comparisons, unit=UNIT)
 
 
 if __name__ == "__main__":

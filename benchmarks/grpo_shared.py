@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from pathlib import Path
+
+import contender_options
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--folder", type=Path, required=True)
-    made.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
-    for count in ("prompts", "group", "longest", "steps", "warmup", "lora-rank"):
-        made.add_argument(f"--{count}", type=int, required=True)
-    made.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    return made
+    return contender_options.parser(
+        description, counts=("prompts", "group", "longest"), devices=("cpu", "cuda")
+    )
 
 
 def tokens_of(options: argparse.Namespace, *, completion_length: float) -> float:

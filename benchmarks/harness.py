@@ -199,7 +199,7 @@ def gpu() -> str | None:
         found = subprocess.run(asked, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.splitlines()[0].strip()
+    return next(iter(found.stdout.splitlines()), "").strip() or None
 
 
 def disturbance(measured: Mapping[str, Sequence[Measurement]]) -> float:

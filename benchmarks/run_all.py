@@ -160,7 +160,7 @@ def main() -> None:
 def is_current(result: dict[str, Any] | None) -> bool:
     """Whether it was measured on this machine and with these versions."""
     here = {key: value for key, value in harness.machine().items() if key != "date"}
-    return result is not None and here.items() <= result["machine"].items()
+    return result is not None and all(result["machine"].get(key) == value for key, value in here.items())
 
 
 def expected_s(benchmark: Benchmark, results: dict[str, Any], *, rounds: int) -> float:

@@ -118,7 +118,8 @@ def kitae(folder: Path, options: argparse.Namespace) -> Contender:
 
 def peer(name: str, folder: Path, options: argparse.Namespace) -> Contender:
     script, *flags = PEERS[name]
-    command = [options.peer_python, str(HERE / script), *flags]
+    python = sys.executable if script == "sft_kitae.py" else options.peer_python
+    command = [python, str(HERE / script), *flags]
     command += [*shared_flags(folder, options), *own_flags(options)]
     return Contender(name, command, harness.thread_env(options.threads))
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from importlib.metadata import version
-from pathlib import Path
 
+import contender_options
 from harness import device_memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--lora-rank", type=int, required=True)
-    parser.add_argument("--max-length", type=int, required=True)
-    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
-    parser.add_argument("--quantization", choices=["none", "nf4"], required=True)
+    parser = contender_options.of_sft(__doc__)
     parser.add_argument("--gradient-checkpointing", choices=["on", "off"], default="off")
     options = parser.parse_args()
 

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
 from importlib.metadata import version
-from pathlib import Path
+
+import contender_options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--precision", choices=["default", "float32", "bfloat16"], required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warmup", type=int, required=True)
-    parser.add_argument("--lora-rank", type=int, required=True)
-    parser.add_argument(
-        "--max-length", type=int, required=True, help="no row is longer; the Trainer cuts none"
-    )
-    parser.add_argument("--device", choices=["cpu"], required=True)
-    parser.add_argument("--quantization", choices=["none"], required=True)
-    options = parser.parse_args()
+    # The Trainer cuts no row, and none is longer than --max-length.
+    options = contender_options.of_sft(__doc__, devices=("cpu",), quantizations=("none",)).parse_args()
 
     from datasets import load_dataset
     from transformers import (

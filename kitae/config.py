@@ -81,7 +81,8 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for folders whose code you have read."""
     torch_compile: bool = False
-    """Compile the layers with torch.compile; the first step then takes half a minute or more."""
+    """Compile the layers with torch.compile; the first step then takes half a minute or more, see time/compile_s. On a CPU
+    it needs g++, and takes the place of model.seams.kernels."""
     seams: SeamSettings = SeamSettings()
 
 

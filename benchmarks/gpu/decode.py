@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if any(rows < 1 or (rows > PROMPTS and rows % PROMPTS) for rows in options.rows):
+        parser.error(f"--rows {options.rows} must be at most {PROMPTS} prompts, or their multiples")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
         make = [sys.executable, str(BENCHMARKS / "chat_workload.py"), folder, "--size", options.size]
         subprocess.run([*make, "--rows", "8", "--device", options.device], check=True, stdout=sys.stderr)
@@ -71,9 +73,7 @@ def measured(model: str, rank: int, options: argparse.Namespace) -> list[dict[st
         ).engine
         for rows in options.rows:
             group = max(1, rows // PROMPTS)
-            problems = [
-                Problem(prompt="", token_ids=x, index=i) for i, x in enumerate(ids[: max(1, rows // group)])
-            ]
+            problems = [Problem(prompt="", token_ids=x, index=i) for i, x in enumerate(ids[: rows // group])]
             how = SamplingSettings(max_new_tokens=options.tokens)
             engine.generate(problems, n=group, sampling=how, seed=0)  # compiles and records
             started = time.perf_counter()

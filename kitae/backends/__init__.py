@@ -43,7 +43,7 @@ class Backend(Protocol):
         """How many such devices this machine has."""
 
     def prepare(self) -> None:
-        """Called before a model is loaded onto such a device."""
+        """Called before a model is loaded onto such a device; for another than a CPU before it is touched at all."""
 
     def supports(self, feature: Feature) -> tuple[bool, str]:
         """Whether the hardware is good at it, and the reason to show."""

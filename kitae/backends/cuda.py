@@ -23,9 +23,13 @@ class CudaBackend:
         return torch.cuda.is_available()
 
     def prepare(self) -> None:
-        """Let freed memory grow together: packed passes differ in length, and blocks of other sizes could not be used."""
-        for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the new name and the one before
-            os.environ.setdefault(variable, "expandable_segments:True")
+        """Let freed memory grow together: packed passes differ in length, and blocks of other sizes could not be used.
+
+        What the user has set is left alone, under either name.
+        """
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the new one, and the one before
+        if not any(name in os.environ for name in names):
+            os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
 
     def count(self) -> int:
         return torch.cuda.device_count()
@@ -66,13 +70,14 @@ class CudaBackend:
 
     def record(self, work: Callable[[], Tensor], *, pool: Any = None) -> Recording:
         """As a CUDA graph. Before, everything is compiled and allocated by running once."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        own, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(own)
         with torch.cuda.stream(stream):
             work()
-        torch.cuda.current_stream().wait_stream(stream)
+        own.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # The outer context is for failures, after which torch stays on the stream it records.
+        with torch.cuda.stream(own), torch.cuda.graph(graph, pool=pool):
             result = work()
         return Recording(graph.replay, result, graph.pool())
 

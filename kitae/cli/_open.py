@@ -178,17 +178,26 @@ def lookalikes(text: str, tokens: list[str]) -> list[tuple[str, str]]:
 
 def read_prompts(path: str) -> list[str]:
     """One prompt a line; `-` is standard input."""
-    if path == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read prompts from {path}: {error}") from error
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read prompts from {path}: {error}") from error
+    require_unicode(text, what=f"what {path} holds")
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise DataError(f"{path} has no prompts")
     return prompts
+
+
+def require_unicode(text: str, *, what: str) -> None:
+    """Refuse text with bytes that are no UTF-8; from a terminal or a command line they come as half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{what} is not UTF-8 at character {error.start + 1}: {text[error.start : error.start + 1]!r}; save or type it "
+            "in UTF-8"
+        ) from error
 
 
 def warn_on_stderr(warnings: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Collection
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from kitae.cli import _help
-from kitae.cli._open import Opened, UseSettings, open_model, warn_on_stderr
+from kitae.cli._open import Opened, UseSettings, open_model, require_unicode, warn_on_stderr
 from kitae.cli._remote import Remote
 from kitae.cli._stream import Stream
 from kitae.config import require
@@ -77,7 +78,11 @@ def main(argv: list[str]) -> int:
         remote = Remote(use.endpoint, token=_token(use), model=use.model or None)
         talker, name = RemoteTalker(remote, use, said=notes.origins), remote.model
     print(f"{name}: {HELP}", file=sys.stderr)
-    conversation = Conversation(talker, folds=use.fold)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # a line that is not UTF-8 is refused, and the chat goes on
+    conversation = Conversation(talker, folds=use.fold, system_prompt=use.system_prompt)
     while (line := _read_line()) is not None and line != "/exit":
         if line:
             _act(conversation, line)
@@ -88,6 +93,7 @@ def _checked(use: Settings) -> Settings:
     require(not (use.system and use.system_prompt), "system and system_prompt are both set; leave one out")
     if use.system is not None:
         use = use.model_copy(update={"system_prompt": use.system})
+    require_unicode(use.system_prompt or "", what="the system prompt")
     if use.endpoint is None:
         require(
             bool(use.model), "there is no model; write it after kitae chat, or name a server with --endpoint"
@@ -114,8 +120,10 @@ def _token(use: Settings) -> str | None:
 class Conversation:
     """The turns so far; each answer is sampled after all of them."""
 
-    def __init__(self, talker: Talker, *, folds: bool = False) -> None:
+    def __init__(self, talker: Talker, *, folds: bool = False, system_prompt: str | None = None) -> None:
+        """`system_prompt` is what the user gave the talker; it is saved with the turns, as answers come of it."""
         self._talker = talker
+        self._system_prompt = system_prompt
         self.folds = folds
         self.messages: list[dict[str, str]] = []
         """With the thinking of every answer; what is shown to the model again is the talker's matter."""
@@ -128,6 +136,7 @@ class Conversation:
 
     def send(self, text: str) -> str:
         """Add a user turn, and show and return the answer. If that fails, the turn is not kept."""
+        require_unicode(text, what="this turn")
         asked = [*self.messages, {"role": "user", "content": text}]
         self._num_asked += 1
         said = self._talker.answer(asked, self._stream, number=self._num_asked)
@@ -143,9 +152,11 @@ class Conversation:
     def save(self, file: Path) -> None:
         """Add the conversation to a file as one line, as kitae train sft reads it."""
         require(bool(self.messages), "there is nothing to save yet")
+        system = [{"role": "system", "content": self._system_prompt}] if self._system_prompt else []
+        row = {"messages": system + self.messages}
         try:
             with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise RunDirError(f"cannot write {file}: {error.strerror or error}") from error
 

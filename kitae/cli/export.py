@@ -172,15 +172,18 @@ def text_of(report: Mapping[str, Any]) -> str:
 
 
 def _written(report: Mapping[str, Any]) -> str:
+    from kitae.train.files import human
+
+    size = human(report["bytes"])
     if report["command"] == "gguf":
-        what = f"{report['type']}, {report['tensors']} tensors, {report['bytes'] / 2**30:.2f} GiB: {report['output']}"
+        what = f"{report['type']}, {report['tensors']} tensors, {size}: {report['output']}"
         fallbacks = report["fallbacks"]
         return what + (f"\nin other types, as rows need: {', '.join(fallbacks)}" if fallbacks else "")
-    gib = f"{report['bytes'] / 2**30:.2f} GiB in {report['shards']} file{'s' if report['shards'] > 1 else ''}"
+    files = f"{size} in {report['shards']} file{'s' if report['shards'] > 1 else ''}"
     if report["command"] == "merge":
         did = f"{report['changed']} of {report['tensors']} tensors changed ({report['adapted']} have an adapter)"
-        return f"{did}, {gib}: {report['output']}\nmerged into {report['base']}"
-    return f"{report['converted']} of {report['tensors']} tensors converted, {gib}: {report['output']}"
+        return f"{did}, {files}: {report['output']}\nmerged into {report['base']}"
+    return f"{report['converted']} of {report['tensors']} tensors converted, {files}: {report['output']}"
 
 
 def _require_verb(verb: str) -> None:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from kitae.cli import _help
-from kitae.cli._open import Opened, UseSettings, open_model, read_prompts, warn_on_stderr
+from kitae.cli._open import (
+    Opened,
+    UseSettings,
+    open_model,
+    read_prompts,
+    require_unicode,
+    warn_on_stderr,
+)
 from kitae.cli._output import write_json
 from kitae.cli._stream import Stream
 from kitae.config import require
@@ -59,6 +66,8 @@ def main(argv: list[str]) -> int:
 def prompts_of(use: Settings) -> list[str]:
     """The prompts of words, flags and file."""
     prompts = list(use.prompt)
+    for prompt in prompts:
+        require_unicode(prompt, what="a prompt")
     if use.prompts_file:
         prompts += read_prompts(use.prompts_file)
     require(bool(prompts), "there is no prompt; write it after the model, or name a file with --prompts_file")

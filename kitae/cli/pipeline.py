@@ -17,6 +17,7 @@ from typing import Any
 from kitae.cli._stages import RESULTS, SUMMARY, Stage, read_pipeline, root_of, settings_file
 from kitae.errors import ConfigError, KitaeError, ModelError, RunDirError, StoppedError
 from kitae.plugins import did_you_mean
+from kitae.settings.compare import differences, flat
 from kitae.settings.fields import settings_of
 from kitae.train.files import content_hash, disk_errors, read_json, write_atomic, write_json
 
@@ -148,11 +149,11 @@ class Pipeline:
         """What must stay equal. Paths inside the pipeline's folder may move with it."""
         kept = {key: record.get(key) for key in ("run", "nproc_per_node", "settings", "inputs", "made_from")}
         inside = json.dumps(str(record["folder"]))[1:-1]
-        flat = _flat(json.loads(json.dumps(kept).replace(f'"{inside}/', '"')))
+        described = flat(json.loads(json.dumps(kept).replace(f'"{inside}/', '"')))
         names = [f"settings.{name}" for name in UNCOMPARED]
         return {
             name: value
-            for name, value in flat.items()
+            for name, value in described.items()
             if not any(name == n or name.startswith(f"{n}.") for n in names)
         }
 
@@ -322,7 +323,7 @@ def result_of(stage: Stage) -> str:
 def inputs_of(stage: Stage, *, inside: Path) -> dict[str, str]:
     """Hash of everything from outside the pipeline that the stage's settings name: files, model folders, globs."""
     found: dict[str, str] = {}
-    for name, value in _flat(stage.settings).items():
+    for name, value in flat(stage.settings).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and text and _READS.fullmatch(name.rpartition(".")[2]):
                 for path in _paths(text):
@@ -366,27 +367,6 @@ def is_other_version(stage: Stage, name: str, then: Mapping[str, Any], now: Mapp
     if name not in now:
         return not any(setting == own or setting.startswith(f"{own}.") for own in known)
     return name not in then and setting in known and now[name] == known[setting].default
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What differs by name, such as "train.seed 1 -> 2"."""
-    absent = "(absent)"
-    return {
-        name: f"{name.removeprefix('settings.')} {then.get(name, absent)} -> {now.get(name, absent)}"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name, absent) != now.get(name, absent)
-    }
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; Any: JSON values."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, item in value.items()
-        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-    }
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

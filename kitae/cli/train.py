@@ -53,9 +53,10 @@ def _fitted(settings: Any, notes: Notes) -> tuple[Any, Notes]:
     from kitae.backends import pick
 
     dtype = notes.dtype_wish[1]
-    is_good_at, reason = pick(settings.model.device).supports(
-        "bfloat16" if dtype == "bfloat16" else "float16"
-    )
+    backend = pick(settings.model.device)
+    if backend.name != "cpu":
+        backend.prepare()  # as in start_world, which comes after this
+    is_good_at, reason = backend.supports("bfloat16" if dtype == "bfloat16" else "float16")
     return fit_to_device(settings, notes, is_good_at=is_good_at, reason=reason)
 
 

@@ -95,7 +95,9 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         "greedy": greedy,
         "stops": stops,
         "tokens": [
-            server.ask("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+            server.ask(
+                "/tokenize", {"content": text, "add_special": job["add_special"], "parse_special": True}
+            )["tokens"]
             for text in job["texts"]
         ],
         "rendered": [

@@ -157,7 +157,8 @@ def template_text(template: Template) -> str:
     """The chat template; a system prompt that the model was trained with is put in where a conversation has none."""
     if template.system_prompt is None:
         return template.text
-    turn = "{'role': 'system', 'content': " + json.dumps(template.system_prompt) + "}"
+    literal = json.dumps(template.system_prompt, ensure_ascii=False)  # llama.cpp reads no \u escapes
+    turn = "{'role': 'system', 'content': " + literal + "}"
     return (
         "{%- if messages[0]['role'] != 'system' %}{%- set messages = [" + turn + "] + messages %}{%- endif %}"
         + template.text

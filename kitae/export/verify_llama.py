@@ -107,6 +107,7 @@ def _job(
         "max_tokens": tokens,
         "stop_ids": stop_ids,
         "texts": [q.text for q in questions],
+        "add_special": not any(q.messages for q in questions),  # what a chat template writes has them already
         "conversations": [q.messages for q in questions if q.messages],
     }
 

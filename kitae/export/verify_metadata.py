@@ -46,7 +46,8 @@ def metadata_differences(opened: Opened, source: Source) -> list[str]:
     writer = gguf.GGUFWriter(None, architecture(source.config))
     tokenizer = tokenizer_of(source.folder)
     vocab_size = opened.shape("token_embd.weight")[0] if "token_embd.weight" in opened.tensors else 0
-    pre = opened.metadata.get("tokenizer.ggml.pre")
+    is_byte_level = opened.metadata.get("tokenizer.ggml.model") == "gpt2"
+    pre = opened.metadata.get("tokenizer.ggml.pre") if is_byte_level else None  # others have but one
     model_metadata(writer, source.config, vocab_size=vocab_size)
     tokenizer_metadata(writer, tokenizer, load_template(tokenizer), size=vocab_size, pre=pre)
     found = []
@@ -55,7 +56,7 @@ def metadata_differences(opened: Opened, source: Source) -> list[str]:
             found.append(f"{key} is missing")
         elif not _is_same(value.value, opened.metadata[key]):
             found.append(f"{key} is {_short(opened.metadata[key])}, not {_short(value.value)}")
-    if opened.metadata.get("tokenizer.ggml.model") == "gpt2":
+    if is_byte_level:
         found += _pretokenizer_differences(pre, tokenizer.backend_tokenizer)
     return found
 

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import time
 import urllib.request
@@ -100,10 +101,16 @@ class Endpoint:
         if state == "running" and not self.answers():
             found["note"] = "does not answer at the moment"
         if state == "failed":
-            found["note"] = next(
-                (line for line in reversed(self.job.log_tail()) if line.strip()), "it said nothing"
-            )
+            found["note"] = _last_words(end["code"] if end else None, self.job.log_tail())
         return found
+
+
+def _last_words(code: int | None, log: Sequence[str]) -> str:
+    """Why a server failed: the signal that ended it, or else the last line that it printed."""
+    if code is not None and code < 0:
+        cause = ", which the system sends where memory runs out" if -code == signal.SIGKILL else ""
+        return f"ended by signal {-code} ({signal.Signals(-code).name}{cause})"
+    return next((line for line in reversed(log) if line.strip()), "it said nothing")
 
 
 def everything() -> list[Endpoint]:

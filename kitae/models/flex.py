@@ -123,16 +123,18 @@ def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts[None, None].to(device), order[None, None].to(device)
 
 
-def install(causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Let a transformers model whose packed attention is on compute it so, where that was tried and is right."""
+def install(causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Let a transformers model whose packed attention is on compute it so, where that was tried and is right; whether it
+    does."""
     from transformers import AttentionInterface
 
     if (reason := why_not(causal_lm.config, dtype=dtype, device=device)) is not None:
         log.info("attention: padded rows, since %s", reason)
-        return
+        return False
     AttentionInterface.register(NAME, functools.partial(seams.packed_attention, attend=attend))
     causal_lm.set_attn_implementation(NAME)
     log.info("attention: FlexAttention; it gives what padded rows give on this device")
+    return True
 
 
 def why_not(config: Any, *, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -20,7 +20,7 @@ from kitae.models.grouped import Groups, Rows
 MIN_ROWS = 64
 """With fewer, packing the weights costs more than their product."""
 PANEL = 64
-"""Columns that a thread takes at a time, as in kernels/grouped.h."""
+"""Columns that a thread takes at a time: PANEL_ROWS in kernels/cells.h."""
 
 
 def fuse_linears(decoder: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from kitae import backends
 from kitae.config import LoraSettings, ModelSettings
 from kitae.errors import ConfigError, ModelError
-from kitae.models import checkpointing, estimate, files, placement, quant, score, seams
+from kitae.models import checkpointing, estimate, files, placement, quant, score, seams, torch_compile
 from kitae.models import lora as adapters
 from kitae.models.bars import bars_for
 from kitae.models.families import find_family
@@ -178,10 +178,12 @@ def load_as(
     family = find_family(causal_lm.config.model_type)
     wanted = model.seams.model_copy(update={"kernels": model.seams.kernels and not model.torch_compile})
     used = seams.install(causal_lm, wanted, family)
-    if trainable and used.attention and used.flex and backends.of(device).supports("flex_attention")[0]:
+    uses_flex = False
+    if trainable and used.attention and wanted.flex and backends.of(device).supports("flex_attention")[0]:
         from kitae.models import flex  # imports torch's compiler
 
-        flex.install(causal_lm, device=device, dtype=dtype)
+        uses_flex = flex.install(causal_lm, device=device, dtype=dtype)
+    used = used.model_copy(update={"flex": uses_flex})
     peft: Any = None
     reference: str | None = None
     if found.adapter is not None:
@@ -205,8 +207,7 @@ def load_as(
         base_name=found.name,
     )
     if model.torch_compile:
-        for layer in policy.layers:
-            layer.compile()
+        torch_compile.compile_layers(policy.layers, device=device)
     return policy.train(trainable)
 
 

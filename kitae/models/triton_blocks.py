@@ -37,13 +37,15 @@ def fits(*tensors: Tensor | None) -> bool:
 
 def rotary(x_THD: Tensor, norm_D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, epsilon: float) -> Tensor:
     """Heads, each normalised (arXiv:1910.07467) where there is a weight, rotated by halves (arXiv:2104.09864)."""
-    y: Tensor = _Rotary.apply(x_THD, norm_D, cos_TD, sin_TD, epsilon)  # type: ignore[no-untyped-call]
+    with torch.accelerator.device_index(x_THD.device.index):  # Triton launches on the present device
+        y: Tensor = _Rotary.apply(x_THD, norm_D, cos_TD, sin_TD, epsilon)  # type: ignore[no-untyped-call]
     return y
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, arXiv:2002.05202."""
-    y: Tensor = _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
+    with torch.accelerator.device_index(gate.device.index):
+        y: Tensor = _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -69,7 +71,7 @@ class _Rotary(torch.autograd.Function):
         dy = dy.contiguous()
         dx = torch.empty_like(dy)
         wants_norm = ctx.needs_input_grad[1]
-        programs = min(PROGRAMS, triton.cdiv(tokens * heads, ROWS))
+        programs = max(1, min(PROGRAMS, triton.cdiv(tokens * heads, ROWS)))
         sums = torch.empty(programs, size, device=dy.device, dtype=torch.float32) if wants_norm else None
         _rotate_backward[(programs,)](
             x, norm, cos, sin, dy, dx, sums, tokens * heads, heads, ctx.epsilon,
@@ -136,7 +138,7 @@ def _rotate_backward(
     sum_a = tl.zeros([HALF], tl.float32)
     sum_b = tl.zeros([HALF], tl.float32)
     for block in range(program, tl.cdiv(count, ROWS), PROGRAMS):
-        row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         is_there = (row < count)[:, None] & is_size[None, :]
         left = row[:, None] * SIZE + d[None, :]
         right = left + SIZE // 2
@@ -217,7 +219,8 @@ def why_not(*, head_size: int, dtype: torch.dtype, device: torch.device) -> str 
             *gradients(F.silu(gate.float()) * up.float(), gate, up),
         ]
     for ours, theirs in zip(found, expected, strict=True):
-        off = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+        ours, theirs = ours.detach().float(), theirs.detach().float()
+        off = float((ours - theirs).norm() / theirs.norm())
         if not off < (1e-4 if dtype == torch.float32 else 0.02):
             return f"they give other numbers here: {off:.1e} off"
     return None

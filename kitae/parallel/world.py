@@ -91,6 +91,7 @@ def start_world(*, device: str = "auto", timeout_s: float = 1800) -> World:
     local_rank = _number("LOCAL_RANK", rank)
     own_device = backends.pick_device(device, local_rank=local_rank)
     if own_device.type != "cpu":
+        backends.of(own_device).prepare()  # its allocator reads its settings when the device is first touched
         torch.accelerator.set_device_index(own_device)
     if world_size > 1:
         if _number("LOCAL_WORLD_SIZE", world_size) == world_size:

@@ -23,7 +23,7 @@ from kitae.config import GroupRolloutSettings, ModelSettings, RewardSettings, Ro
 from kitae.data.chat import Template
 from kitae.data.collate import collate
 from kitae.errors import NonFiniteError
-from kitae.models import frozen
+from kitae.models import frozen, torch_compile
 from kitae.models.estimate import MOMENT_BYTES
 from kitae.models.load import load_policy
 from kitae.models.lora import coverage, coverage_table, zero_gradient_adapters
@@ -65,6 +65,8 @@ class Setup:
         self._also_saved: list[Callable[[Path], None]] = []
         self._seconds: dict[str, float] = {}
         self._step_began = 0.0
+        self._compiled_s = 0.0
+        self._context = math.inf
         self._checked: list[Policy] = []  # whose adapters were found to move
 
     def save_final(self, folder: Path) -> None:
@@ -119,9 +121,11 @@ class Setup:
         """
         how: dict[str, Any] = {"optimizer": self.cfg.optim.name, "ranks": self.world.world_size}
         how["tokens_per_pass"] = self.most_tokens
-        if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") != "generic":
+        if getattr(getattr(self.cfg, "rollout", None), "engine", "generic") in ("auto", "native"):
             how["packed_types"] = MODEL_TYPES
         policy = load(self._model, lora=self.cfg.lora, **how)
+        text = policy.causal_lm.config.get_text_config()
+        self._context = getattr(text, "max_position_embeddings", None) or math.inf
         of_device = "native" if policy.device.type == "cpu" else "triton"
         kernels = of_device if policy.seams.kernels else "torch"
         self.run.identify(training_kernels=kernels, attention=policy.causal_lm.config._attn_implementation)
@@ -149,6 +153,14 @@ class Setup:
         rows_per_unit: int = 1,
     ) -> list[Batch]:
         """Rows as forward passes: of at most this many rows, and no more tokens than the device profits from."""
+        if (longest := max((len(row.token_ids) for row in rows), default=0)) > self._context:
+            log.warning(
+                "a row has %s tokens, and the model's context is %s (max_position_embeddings): beyond it the model may "
+                "know no positions; lower data.max_length",
+                f"{longest:,}",
+                f"{self._context:,}",
+            )
+            self._context = math.inf  # said once
         device = backends.of(self.world.device)
         return collate(
             rows,
@@ -313,6 +325,7 @@ class Setup:
         """run.steps, with a clock for tokens per second."""
         for step in self.run.steps(total, evaluate=evaluate):
             self._step_began, self._seconds = time.perf_counter(), {}
+            self._compiled_s = torch_compile.seconds_spent() if self._model.torch_compile else 0.0
             yield step
 
     def report_round(self, step: int, groups: Groups, scores: Scores) -> dict[str, float]:
@@ -352,6 +365,8 @@ class Setup:
             torch.tensor(counts, dtype=torch.float64, device=self.world.device)
         ).tolist()
         elapsed = time.perf_counter() - self._step_began
+        if self._model.torch_compile:
+            self._seconds["time/compile_s"] = torch_compile.seconds_spent() - self._compiled_s
         named = {name if "/" in name else f"train/{name}": value for name, value in metrics.items()}
         return (
             named

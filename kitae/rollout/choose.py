@@ -20,7 +20,8 @@ from kitae.rollout.build import BuildError, load_kernels
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.int8 import is_fast_here
 from kitae.rollout.native import NativeEngine
-from kitae.rollout.paged import PagedEngine, fast_attend, why_not_paged
+from kitae.rollout.paged import PagedEngine
+from kitae.rollout.paged_trial import fast_attend, waits_for_device, why_not_paged
 from kitae.rollout.shapes import compute_dtype, why_not_int8, why_not_native
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def open_engine(
         if reason is None:
             log.info("rollouts: paged engine, %d rows at a time", max_rows)
             # While another thread uses the device, nothing can be recorded.
-            records = load_copy is None
+            records = load_copy is None and not waits_for_device(policy)
             return Chosen(PagedEngine(own(), attend=fast_attend(), records=records, **how, **budget), "paged")
         if wanted == "paged":
             raise ConfigError(

@@ -19,7 +19,6 @@ from torch import Tensor
 from kitae import backends
 from kitae.backends import Recording
 from kitae.config import SamplingSettings
-from kitae.models import attention
 from kitae.models.policy import Policy
 from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
 from kitae.rollout.budget import Budget, most_pages, pages_of
@@ -96,15 +95,17 @@ class PagedEngine:
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:
-        """See SessionEngine."""
+        """See SessionEngine. One at a time: the memory is the engine's, so the session before can go no further."""
         max_rows = max_rows or self.max_rows
         context = getattr(self.policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        steps = self._steps_for(max_rows, longest or context or LONGEST)
+        longest = longest or context or LONGEST
+        steps = self._steps_for(max_rows, longest)
+        steps.num_sessions += 1
         pages = Pages(steps.cache, expected=steps.num_pages, most=steps.num_pages)
         budget = Budget(pages, most=steps.num_pages, reason=steps.reason)
         rows = PagedRows(self.policy, steps, pages, budget, stop_ids=self.stop_ids)
         scheduler = Scheduler(max_rows=max_rows, room=budget.admit)
-        return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
+        return Session(rows, scheduler, decode=self.decode, context=context or longest, budget=budget)
 
     def _steps_for(self, max_rows: int, longest: int) -> DecodeSteps:
         """Those of the session before where they suffice: memory and recordings stay from one session to the next."""
@@ -156,6 +157,7 @@ class DecodeSteps:
         self.tables_BP = torch.full(
             (width, pages_of(longest)), self.nowhere, dtype=torch.int32, device=device
         )
+        self.num_sessions = 0
         self._backend, self._records = backends.of(device), records
         self._recordings: dict[int, Recording] = {}
 
@@ -208,14 +210,16 @@ class DecodeSteps:
     def _record(self, width: int) -> None:
         pool = next(iter(self._recordings.values())).pool if self._recordings else None
         try:
-            recording = self._backend.record(lambda: self._compute(width), pool=pool)
+            with torch.accelerator.device_index(self.policy.device.index):
+                recording = self._backend.record(lambda: self._compute(width), pool=pool)
         except RuntimeError as error:
             log.warning(
                 "rollouts: this model's decode steps cannot be recorded (%s); they are launched one kernel at a time, "
                 "which is slower",
-                str(error).strip().splitlines()[0],
+                (str(error).strip().splitlines() or [type(error).__name__])[0],
             )
             self._records = False
+            self._recordings.clear()
             return
         self._recordings[width] = recording
 
@@ -235,9 +239,15 @@ class PagedRows(PageRows):
         num_embeddings = policy.causal_lm.get_input_embeddings().weight.shape[0]
         super().__init__(pages, budget, stop_ids=stop_ids, num_embeddings=num_embeddings)
         self._policy, self._steps = policy, steps
+        self._session = steps.num_sessions
         self._logits_BV = torch.empty(0)
 
+    def _require_its_pages(self) -> None:
+        newest = self._steps.num_sessions
+        assert newest == self._session, f"session {newest} has the pages of session {self._session}"
+
     def _prefill(self, prompts: list[list[int]], known: list[int], tables: list[list[int]]) -> None:
+        self._require_its_pages()
         # What another row has computed already is computed once more, and what that row reads stays as it is.
         places = [
             (table[t // PAGE] if t >= start else self._steps.nowhere) * PAGE + t % PAGE
@@ -254,6 +264,7 @@ class PagedRows(PageRows):
     @torch.no_grad()
     def advance(self, scheduler: Scheduler, *, within_s: float | None) -> None:
         """The next tokens of every running row."""
+        self._require_its_pages()
         is_plain = all(_is_plain(r) for r in scheduler.running)
         steps = self._most_steps(scheduler.running, within_s=within_s) if is_plain else 1
         steps = self._make_room(scheduler, steps=steps)
@@ -299,54 +310,6 @@ class PagedRows(PageRows):
                     request.add(token, logprob, stop_ids=self._stop_ids)
 
 
-def why_not_paged(policy: Policy) -> str | None:
-    """Why this policy is not sampled from so, or None where it can be; the kernels are tried on its device."""
-    backend = backends.of(policy.device)
-    for feature in ("triton", "recording"):
-        has_it, reason = backend.supports(feature)
-        if not has_it:
-            return f"it runs on {policy.device.type}, {feature}: {reason}"
-    if len({p.device for p in policy.parameters()}) > 1:
-        return "its layers lie on several devices"
-    if hasattr(policy, "unshard"):
-        return "its weights are sharded over ranks"
-    if not policy.seams.attention:
-        return "model.seams.attention is off"
-    return _why_not_right(policy)
-
-
-def fast_attend() -> Attend:
-    """The steps' attention where why_not_paged has nothing against it."""
-    from kitae.rollout.triton_attention import attend
-
-    return attend
-
-
-def _why_not_right(policy: Policy) -> str | None:
-    """Try the kernels on random numbers in the policy's shapes, against attend_slowly."""
-    queries, heads, size, value_size = attention.head_sizes(policy.causal_lm.config)
-    generator = torch.Generator().manual_seed(0)
-    lengths, pages = [1, 16, 17, 300, 700], 64
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(policy.device, policy.dtype)
-
-    q_BQD = drawn(len(lengths), queries, size)
-    keys, values = drawn(pages, PAGE, heads, size), drawn(pages, PAGE, heads, value_size)
-    tables = torch.stack([torch.randperm(pages, generator=generator) for _ in lengths]).int()
-    positions = torch.tensor(lengths) - 1
-    given = (q_BQD, keys, values, tables.to(policy.device), positions.to(policy.device), size**-0.5)
-    try:
-        found = fast_attend()(*given).float()
-    except Exception as error:  # compilers raise anything
-        return f"its attention kernels do not run here: {str(error).strip().splitlines()[0][:200]}"
-    expected = attend_slowly(*given).float()
-    off = float((found - expected).norm() / expected.norm())
-    if not off < (1e-4 if policy.dtype == torch.float32 else 0.02):
-        return f"its attention kernels give other numbers here: {off:.1e} off"
-    return None
-
-
 def _is_plain(request: Request) -> bool:
     """Whether its tokens can be drawn without the host, from the whole distribution."""
     s = request.sampling
@@ -360,5 +323,6 @@ def _width_of(num_rows: int) -> int:
 
 
 def _round_up(length: int) -> int:
-    """So that few sessions need more than those before."""
-    return max(256, _width_of(length))
+    """A number at most a quarter larger, or 255, so that few sessions need more than those before."""
+    step = max(256, _width_of(length) // 8)
+    return -(-length // step) * step

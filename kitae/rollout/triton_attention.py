@@ -29,6 +29,13 @@ def attend(
     q_BQD: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, positions_B: Tensor, scaling: float
 ) -> Tensor:
     """See page_cache.attend_slowly."""
+    with torch.accelerator.device_index(q_BQD.device.index):  # Triton launches on the present device
+        return _attend(q_BQD, keys, values, tables_BP, positions_B, scaling)
+
+
+def _attend(
+    q_BQD: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, positions_B: Tensor, scaling: float
+) -> Tensor:
     num_rows, query_heads, size = q_BQD.shape
     heads, value_size = values.shape[2:]
     most_tokens = tables_BP.shape[1] * PAGE
@@ -64,7 +71,7 @@ def _attend_part(
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One part of one row for the query heads of one key-value head; parts behind the row's end do nothing."""
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions_ptr + row) + 1
     first = part * PART
     if first < length:
@@ -121,7 +128,7 @@ def _join_parts(
     QUERY_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_PADDED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The attention of one query head of one row from the parts that have tokens."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(positions_ptr + row) + 1
     e = tl.arange(0, VALUE_PADDED)
     at = (row * QUERY_HEADS + head) * num_parts

@@ -94,7 +94,8 @@ def template_with_system(text: str, system_prompt: str | None) -> str:
     """A chat template that puts this system turn before conversations without one, as kitae does itself."""
     if not system_prompt:
         return text
-    turn = f"[{{'role': 'system', 'content': {json.dumps(system_prompt)}}}]"
+    literal = json.dumps(system_prompt, ensure_ascii=False)  # Jinja makes no one character of two \ud escapes
+    turn = f"[{{'role': 'system', 'content': {literal}}}]"
     return f"{{%- if messages[0]['role'] != 'system' %}}{{%- set messages = {turn} + messages %}}{{%- endif %}}{text}"
 
 

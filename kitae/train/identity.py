@@ -13,6 +13,7 @@ import torch
 
 from kitae.compiler import cpu_features
 from kitae.parallel.world import World
+from kitae.settings import compare
 
 UNCOMPARED = ("output_dir", "resume", "overwrite", "allow_inexact", "save", "log", "eval")
 """Settings that may differ on resume: they change where and what is written, not the numbers."""
@@ -61,21 +62,5 @@ def versions() -> dict[str, str | None]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Fields in which two identities differ, such as "train.seed 1 -> 2"."""
-    before, after = _flat(json.loads(json.dumps(then))), _flat(json.loads(json.dumps(now)))
-    absent = "(absent)"
-    return [
-        f"{name.removeprefix('settings.')} {before.get(name, absent)} -> {after.get(name, absent)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; Any: JSON values."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, item in value.items()
-        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-    }
+    before, after = (compare.flat(json.loads(json.dumps(table))) for table in (then, now))
+    return list(compare.differences(before, after).values())

@@ -83,9 +83,18 @@ def test_the_short_table_has_the_medians_of_the_ratios():
 def test_results_of_another_machine_or_version_are_measured_anew():
     here = harness.machine()
     assert run_all.is_current({"machine": {**here, "date": "2000-01-01"}})
+    assert not run_all.is_current({"machine": {**here, "gpu": "another"}})
     assert not run_all.is_current({"machine": {**here, "cpu": "another"}})
     assert not run_all.is_current({"machine": {**here, "packages": {**here["packages"], "torch": "0"}}})
     assert not run_all.is_current(None)
+
+
+def test_a_result_from_before_gpus_were_written_down_is_one_of_a_machine_without(monkeypatch):
+    monkeypatch.setattr(harness, "gpu", lambda: None)
+    before = {key: value for key, value in harness.machine().items() if key != "gpu"}
+    assert run_all.is_current({"machine": before})
+    monkeypatch.setattr(harness, "gpu", lambda: "a GPU")
+    assert not run_all.is_current({"machine": before})
 
 
 def measured(*speeds):

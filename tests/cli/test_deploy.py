@@ -111,6 +111,7 @@ def test_a_server_that_hangs_is_a_note_and_one_that_was_killed_has_failed(tiny, 
     while endpoint.job.is_alive():
         time.sleep(0.02)
     assert endpoint.state() == "failed" and endpoint.job.end()["code"] == -9
+    assert "hung: ended by signal 9 (SIGKILL, " in said(capsys, "endpoints")[1]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,17 @@ def test_prompts_come_from_a_file_too_and_none_is_an_error(kitae, files, tiny):
     )
 
 
+def test_prompts_that_are_not_utf_8_are_named(kitae, files, tiny, monkeypatch):
+    typed = b"2+\xff2".decode(errors="surrogateescape")  # as Python hands over what a shell passed
+    code, _, err = kitae("generate", tiny(), typed)
+    assert code == 2 and "a prompt is not UTF-8 at character 3: '\\udcff'" in err
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"1\n2+\xff2\n"), "utf-8", errors))
+        code, _, err = kitae("generate", tiny(), "--prompts_file", "-")
+        said = "what - holds is not UTF-8" if errors == "surrogateescape" else "cannot read prompts from -"
+        assert code == 2 and said in err
+
+
 def test_do_sample_false_is_greedy(kitae, files, tiny):
     model = str(tiny())
     greedy = package.generate(model, "2+2", max_new_tokens=6, temperature=0.0)

@@ -12,6 +12,7 @@ from kitae.cli.completion import words
 from kitae.cli.export import _Lines
 from kitae.cli.main import main
 from kitae.errors import ConfigError
+from kitae.train.files import human
 from tests.export.conftest import tensors_of, write_model
 
 
@@ -39,7 +40,8 @@ def test_merge_says_how_many_tensors_changed_and_writes_it_as_json(kitae, adapte
     out = tmp_path / "merged"
     code, said, err = kitae("export", "merge", adapter, "--output", out, "--json", tmp_path / "found.json")
     assert (code, err) == (0, "")
-    assert said.startswith("14 of 21 tensors changed (14 have an adapter), 0.00 GiB in 1 file: ")
+    size = human((out / "model.safetensors").stat().st_size)
+    assert said.startswith(f"14 of 21 tensors changed (14 have an adapter), {size} in 1 file: ")
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["command"], found["changed"], found["tensors"], found["output"]) == (
         "merge",

@@ -47,7 +47,7 @@ def answers(path: Path, ids: list[int], forced: list[int], *, size: int, lora: P
     said = run_llama_cpp(
         {
             "path": str(path), "context": 256, "threads": 1, "sequences": [[ids, forced]], "top": size,
-            "max_tokens": 8, "stop_ids": [2, 5], "texts": ["hi <think> 1+2"],
+            "max_tokens": 8, "stop_ids": [2, 5], "texts": ["hi <think> 1+2"], "add_special": False,
             "conversations": [[{"role": "user", "content": "hi"}]], "lora": None if lora is None else str(lora),
         }
     )  # fmt: skip
@@ -207,15 +207,16 @@ def test_the_system_prompt_of_training_is_in_the_template(tiny, tmp_path):
     from kitae.models.load import load_tokenizer
 
     folder = tmp_path / "model"
+    said = 'Say "yes"\nor no. \u00c9crivez peu \U0001f642 {% raw %} \\n'
     model = AutoModelForCausalLM.from_pretrained(tiny("qwen3"))
     model.save_pretrained(folder)
     tokenizer = load_tokenizer(ModelSettings(name_or_path=str(tiny("qwen3"))))
-    template = Template.load(tokenizer, data=DataSettings(system_prompt='Say "yes"\nor no.'))
+    template = Template.load(tokenizer, data=DataSettings(system_prompt=said))
     template.save(folder)
     write_gguf(str(folder), How(output=tmp_path / "m.gguf"), kind="f16")
-    said = answers(tmp_path / "m.gguf", IDS, FORCED, size=112)
-    wanted = '<|im_start|>system\nSay "yes"\nor no.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
-    assert said["rendered"] == [wanted]
+    found = answers(tmp_path / "m.gguf", IDS, FORCED, size=112)
+    wanted = f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert found["rendered"] == [wanted]
 
 
 def test_what_is_read_back_is_what_was_written(tiny, tmp_path):

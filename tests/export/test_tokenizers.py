@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kitae.cli.main import main
 from kitae.config import ModelSettings
 from kitae.errors import ModelError
 from kitae.export.convert import How
@@ -55,7 +56,7 @@ def ids_of_llama_cpp(path, texts) -> list[list[int]]:
     pytest.importorskip("xllamacpp")
     job = {
         "path": str(path), "context": 64, "threads": 1, "sequences": [[[1], []]], "top": 1, "max_tokens": 1, "stop_ids": [],
-        "texts": list(texts), "conversations": [],
+        "texts": list(texts), "add_special": False, "conversations": [],
     }  # fmt: skip
     return run_llama_cpp(job)["tokens"]
 
@@ -142,7 +143,7 @@ def test_a_real_sentencepiece_model_tells_its_published_story(shared_data, tmp_p
     said = run_llama_cpp(
         {
             "path": str(path), "context": 256, "threads": 1, "sequences": [[[1], []]], "top": 1, "max_tokens": 200,
-            "stop_ids": [2], "texts": texts, "conversations": [],
+            "stop_ids": [2], "texts": texts, "add_special": False, "conversations": [],
         }
     )  # fmt: skip
     story = (shared_data / "models" / "stories260K_expected_greedy_200.txt").read_text(encoding="utf-8")
@@ -150,3 +151,24 @@ def test_a_real_sentencepiece_model_tells_its_published_story(shared_data, tmp_p
     tokenizer = load_tokenizer(ModelSettings(name_or_path=str(folder)))
     assert said["tokens"] == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert torch.tensor(said["greedy"][0]["ids"]).shape == (200,)
+
+
+def test_a_real_model_without_a_template_whose_texts_begin_with_bos_passes_the_gate(
+    shared_data, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("xllamacpp")
+    from gguf import GGUFReader
+
+    monkeypatch.chdir(tmp_path)
+    model = str(shared_data / "models" / "stories260K")
+    assert main(["export", "gguf", model, "--type", "q8_0"]) == 0
+    assert capsys.readouterr().err == ""
+    file = tmp_path / "stories260K-GGUF" / "stories260K-Q8_0.gguf"
+    reader = GGUFReader(file, "r+")
+    field = reader.fields["tokenizer.ggml.add_bos_token"]
+    field.parts[field.data[0]][0] = False
+    reader.data.flush()
+    assert main(["export", "verify", model, str(file)]) == 3
+    said = capsys.readouterr()
+    assert "tokenizer.ggml.add_bos_token is False, not True" in said.out
+    assert "6 of 6 prompts become other token ids in llama.cpp" in said.out

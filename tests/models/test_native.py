@@ -317,7 +317,7 @@ def test_the_kernels_really_run(family, policy_of, monkeypatch):
     call = native._call
     monkeypatch.setattr(native, "_call", lambda name, *a: (called.add(name), call(name, *a)))
     policy = policy_of(family)
-    assert policy.seams == SeamSettings()
+    assert policy.seams == SeamSettings(flex=False)
     logprobs, *_ = policy(batch_of([random_row(20)]))
     logprobs.sum().backward()
     expected = native.ARGUMENTS.keys() - {"kitae_add", "kitae_adamw"}  # of bfloat16 gradients, of updates

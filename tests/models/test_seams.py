@@ -20,7 +20,8 @@ from tests.models.conftest import (
 )
 
 LENGTHS = (37, 5, 2, 130, 64, 64, 11)
-OFF = SeamSettings(attention=False, head=False, experts=False, rmsnorm=False, kernels=False)
+NO_GPU = SeamSettings(flex=False)
+OFF = SeamSettings(attention=False, head=False, experts=False, rmsnorm=False, flex=False, kernels=False)
 
 
 def loss_of(policy, batch, *, as_coefficients: bool = True) -> torch.Tensor:
@@ -30,7 +31,7 @@ def loss_of(policy, batch, *, as_coefficients: bool = True) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-@pytest.mark.parametrize("seams", [SeamSettings(), OFF], ids=["on", "off"])
+@pytest.mark.parametrize("seams", [NO_GPU, OFF], ids=["on", "off"])
 def test_packed_rows_have_the_loss_and_gradients_of_the_plain_module(family, seams, policy_of, plain_model):
     rows = [random_row(n, seed=i) for i, n in enumerate(LENGTHS)]
     policy, model = policy_of(family, seams=seams), plain_model(family)
@@ -55,7 +56,7 @@ def test_qwen3_with_experts_has_the_loss_and_gradients_of_the_plain_module(polic
     rows = [random_row(n) for n in (20, 3, 40)]
     policy, model = policy_of(path=tmp_path), plain_model(path=tmp_path)
     assert policy.family.is_tested
-    assert policy.seams == SeamSettings()
+    assert policy.seams == SeamSettings(flex=False)
     loss_of(policy, batch_of(rows)).backward()
     plain_nll(model, rows).backward()
     assert_same_gradients(policy, model)

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 
+from kitae import backends
 from kitae.errors import ConfigError
 from kitae.parallel.launch import launch
 from kitae.parallel.world import World, start_world
@@ -22,6 +23,18 @@ def test_a_world_of_one_needs_no_process_group():
     world.barrier()
     world.close()
     assert not torch.distributed.is_initialized()
+
+
+def test_an_accelerator_is_prepared_before_it_is_touched(monkeypatch):
+    """torch reads the allocator's settings once, when the device is first touched."""
+    done = []
+    backend = backends.of(torch.device("cpu"))
+    monkeypatch.setattr(type(backend), "prepare", lambda self: done.append("prepare"))
+    monkeypatch.setattr(backends, "pick_device", lambda name, *, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(backends, "of", lambda device: backend)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: done.append(str(device)))
+    assert start_world(device="auto").device == torch.device("cuda:0")
+    assert done == ["prepare", "cuda:0"]
 
 
 def test_only_rank_0_is_main():

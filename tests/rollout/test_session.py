@@ -18,11 +18,12 @@ from kitae.models.policy import Policy
 from kitae.rollout.base import Request
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
+from kitae.rollout.paged import PagedEngine
 from kitae.rollout.session import Session, SessionEngine
 from kitae.types import Problem
 
 STOP = 2
-KINDS = ["generic", "plain", "native"]
+KINDS = ["generic", "plain", "native", "paged"]
 EngineOf = Callable[..., SessionEngine]
 SETTINGS = [
     SamplingSettings(temperature=0),
@@ -50,9 +51,9 @@ def engine_of(tiny: Callable[..., Path], kernels: ctypes.CDLL) -> EngineOf:
         )
         policy: Policy = load_policy(settings, trainable=False)
         how: dict[str, Any] = {"stop_ids": (STOP,), "decode": spell, "max_rows": max_rows}
-        return (
-            NativeEngine(policy, kernels=kernels, **how) if kind == "native" else GenericEngine(policy, **how)
-        )
+        if kind == "native":
+            return NativeEngine(policy, kernels=kernels, **how)
+        return PagedEngine(policy, **how) if kind == "paged" else GenericEngine(policy, **how)
 
     return make
 

@@ -48,6 +48,7 @@ def test_it_remembers_resets_saves_and_folds(running, chat, tmp_path):
     )
     assert code == 0, err
     first, second = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    assert first.pop(0) == second.pop(0) == {"role": "system", "content": "Be brief."}
     assert first[:2] == second and [turn["role"] for turn in first] == ["user", "assistant"] * 2
     assert out == "".join(turn["content"] + "\n" for turn in [first[1], first[3], second[1]])
     assert err.rstrip().endswith(second[1]["content"].removeprefix("<think>").strip())
@@ -146,6 +147,16 @@ def test_what_goes_wrong_is_said_and_the_turn_is_not_kept(endpoint, running, cha
     ]:
         code, _, err = chat(url, key=key)
         assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf_8_is_refused_and_the_chat_goes_on(endpoint, monkeypatch, capsys, errors):
+    endpoint.reply = lambda number, body: sse(delta(content="fine"), b"[DONE]")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\nb\n"), "utf-8", errors))
+    assert main(["chat", "m", "--endpoint", endpoint.url]) == 0
+    out, err = capsys.readouterr()
+    assert out == "fine\n" and "this turn is not UTF-8 at character 2" in err
+    assert [body["messages"][-1]["content"] for body in endpoint.bodies] == ["b"]
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,11 @@ def test_the_template_handed_over_renders_as_kitae_s_own_does(tiny):
     from kitae.serve.external import template_with_system
 
     tokenizer = load_tokenizer(ModelSettings(name_or_path=str(tiny("qwen3", prefill="<think>\n"))))
-    template = Template.load(tokenizer, data=DataSettings(system_prompt="Say \"yes\" or 'no'."))
+    said = "Say \"yes\" or 'no'.\n\u00c9crivez peu \U0001f642 {% raw %} \\n"
+    template = Template.load(tokenizer, data=DataSettings(system_prompt=said))
     text = template_with_system(template.text, template.system_prompt)
+    asked = [{"role": "user", "content": "2+2"}]
+    assert said in tokenizer.apply_chat_template(asked, chat_template=text, tokenize=False)
     for messages in (
         [{"role": "user", "content": "2+2"}],
         [{"role": "system", "content": "x"}, {"role": "user", "content": "2"}],

@@ -58,8 +58,8 @@ void visible_scores(
             const int64_t seen = std::min({visible + r + rows - 1, keys, from + PANEL_ROWS}) - from;
             if (seen > 0)
                 multiply(
-                    {queries + r * depth, depth, 1}, panels + from * depth, PANEL_ROWS, rows, depth, whole_lanes(seen),
-                    scores + r * KEYS + from, KEYS);
+                    Strided<C>{queries + r * depth, depth, 1}, panels + from * depth, PANEL_ROWS, rows, depth,
+                    whole_lanes(seen), scores + r * KEYS + from, KEYS);
         }
 }
 
@@ -72,7 +72,8 @@ void add_visible(
         const int64_t rows = std::min<int64_t>(TILE_ROWS, count - r), seen = std::min(visible + r + rows - 1, keys);
         if (seen > 0)
             multiply(
-                {weights + r * row, row, 1}, b, columns, rows, cells<T>(seen), columns, sums + r * columns, columns, true);
+                Strided<Cell<T>>{weights + r * row, row, 1}, b, columns, rows, cells<T>(seen), columns, sums + r * columns,
+                columns, true);
     }
 }
 

@@ -93,10 +93,10 @@ void attend_segment_backward(
                     count, here, visible, heads.scaling, given.lse + token * heads.queries + head, heads.queries,
                     delta.get() + first);
                 multiply(
-                    {block.weights.get(), 1, KEYS}, dout_pairs.get(), value_row, here, cells<T>(count), value_row,
-                    dvalues + key * value_row, value_row, true);
+                    Strided<Cell<T>>{block.weights.get(), 1, KEYS}, dout_pairs.get(), value_row, here, cells<T>(count),
+                    value_row, dvalues + key * value_row, value_row, true);
                 multiply(
-                    {block.dscores.get(), 1, KEYS}, query_pairs.get(), key_row, here, cells<T>(count), key_row,
+                    Strided<Cell<T>>{block.dscores.get(), 1, KEYS}, query_pairs.get(), key_row, here, cells<T>(count), key_row,
                     dkeys + key * key_row, key_row, true);
                 add_visible<T>(
                     block.dscore_rows.get(), keys.get() + key / PER_CELL<T> * key_row, key_row, count, here, visible,

@@ -3,7 +3,7 @@
 // Three ways to lay rows of numbers out in cells, all padded with zeros:
 //   rows    [row][cell]             neighbours of a row in one cell: the left side of a product
 //   panels  [64 rows][cell][row]    the same cells with 64 rows beside each other: the right side, transposed
-//   pairs   [pair of rows][number]  one number of neighbouring rows in one cell: the right side, as it is
+//   pairs   [pair of rows][number]  one number of neighbouring rows in one cell: the right side, as it is; the left, transposed
 #pragma once
 
 #include <algorithm>
@@ -107,16 +107,21 @@ inline uint32_t cell_of(const bf16* first, const bf16* second, int64_t d) {
     return uint32_t(first[d].bits) | (second ? uint32_t(second[d].bits) << 16 : 0u);
 }
 
-template <class T, class At> void pack_pairs(At at, int64_t count, int64_t size, Cell<T>* to) {
-    const int64_t row = whole_lanes(size);
-    for (int64_t i = 0; i < count; i += PER_CELL<T>, to += row) {
+// Pairs of rows lie `stride` cells apart, which whole lanes of them fit into.
+template <class T, class At> void pack_pairs(At at, int64_t count, int64_t size, Cell<T>* to, int64_t stride) {
+    const int64_t end = whole_lanes(size);
+    for (int64_t i = 0; i < count; i += PER_CELL<T>, to += stride) {
         const T *first = at(i), *second = PER_CELL<T> > 1 && i + 1 < count ? at(i + 1) : nullptr;
         if (second)
             for (int64_t d = 0; d < size; d++) to[d] = cell_of(first, second, d);
         else
             for (int64_t d = 0; d < size; d++) to[d] = cell_of(first, nullptr, d);
-        for (int64_t d = size; d < row; d++) to[d] = 0;
+        for (int64_t d = size; d < end; d++) to[d] = 0;
     }
+}
+
+template <class T, class At> void pack_pairs(At at, int64_t count, int64_t size, Cell<T>* to) {
+    pack_pairs<T>(at, count, size, to, whole_lanes(size));
 }
 
 }  // namespace kitae

@@ -1,7 +1,7 @@
 // Routed experts beside their matrix products: the gate, and the sum of a token's slots. See models/experts.py.
 #pragma once
 
-#include "numbers.h"
+#include "gate.h"
 
 namespace kitae {
 
@@ -11,8 +11,8 @@ template <class T> void gated(const T* h, int64_t slots, int64_t size, T* a) {
     for (int64_t s = 0; s < slots; s++) {
         const T *gate = h + 2 * s * size, *up = gate + size;
         for (int64_t j = 0; j < size; j += LANES) {
-            const f32x16 g = load_some(gate + j, size - j);
-            store_some(a + s * size + j, g * sigmoid(g) * load_some(up + j, size - j), size - j);
+            const int64_t left = size - j;
+            store_some(a + s * size + j, swiglu_of(load_some(gate + j, left), load_some(up + j, left)), left);
         }
     }
 }
@@ -33,7 +33,7 @@ void gated_backward(
             const f32x16 share = sigmoid(g), act = g * share;
             dots += act * u * grad;
             store_some(weighted + s * size + j, act * u * weights[s], left);
-            store_some(dgate + j, weights[s] * grad * u * share * (1.0f + g * (1.0f - share)), left);
+            store_some(dgate + j, gate_gradient(weights[s] * grad * u, g, share), left);
             store_some(dup + j, weights[s] * grad * act, left);
         }
         dweights[s] = sum_of(dots);

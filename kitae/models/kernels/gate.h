@@ -16,10 +16,14 @@ template <class Work> void in_blocks(int64_t size, Work work) {
     }
 }
 
+inline f32x16 swiglu_of(f32x16 gate, f32x16 up) { return gate * sigmoid(gate) * up; }
+
+// The gate's gradient, from that of silu(gate) and from sigmoid(gate).
+inline f32x16 gate_gradient(f32x16 grad, f32x16 gate, f32x16 share) { return grad * share * (1.0f + gate * (1.0f - share)); }
+
 template <class T> void swiglu(const T* gate, const T* up, int64_t size, T* y) {
     in_blocks(size, [=](int64_t j, int64_t left) {
-        const f32x16 g = load_some(gate + j, left);
-        store_some(y + j, g * sigmoid(g) * load_some(up + j, left), left);
+        store_some(y + j, swiglu_of(load_some(gate + j, left), load_some(up + j, left)), left);
     });
 }
 
@@ -27,7 +31,7 @@ template <class T> void swiglu_backward(const T* gate, const T* up, const T* dy,
     in_blocks(size, [=](int64_t j, int64_t left) {
         const f32x16 g = load_some(gate + j, left), u = load_some(up + j, left), grad = load_some(dy + j, left);
         const f32x16 s = sigmoid(g);
-        store_some(dgate + j, grad * u * s * (1.0f + g * (1.0f - s)), left);
+        store_some(dgate + j, gate_gradient(grad * u, g, s), left);
         store_some(dup + j, grad * g * s, left);
     });
 }

@@ -9,9 +9,6 @@
 
 namespace kitae {
 
-inline float value(float x) { return x; }
-inline float value(bf16 x) { return to_float(x); }
-
 // Sums that go across rows are taken over this many parts and then added in order, whatever the threads: same bits.
 constexpr int64_t PARTS = 16;
 

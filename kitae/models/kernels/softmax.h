@@ -28,7 +28,7 @@ void target_logprobs(
                 for (int64_t j = LANES; j < whole; j += LANES) largest = larger(largest, load(own + j));
                 most = largest_of(largest);
             }
-            for (int64_t j = whole; j < vocabulary; j++) most = value(own[j]) > most ? value(own[j]) : most;
+            for (int64_t j = whole; j < vocabulary; j++) most = to_float(own[j]) > most ? to_float(own[j]) : most;
             most *= inverse;
             f32x16 sums{}, products{};
             for (int64_t j = 0; j < whole; j += LANES) {
@@ -39,12 +39,12 @@ void target_logprobs(
             }
             float sum = sum_of(sums), product = sum_of(products);
             for (int64_t j = whole; j < vocabulary; j++) {
-                const float x = value(own[j]) * inverse - most, e = std::exp(x);
+                const float x = to_float(own[j]) * inverse - most, e = std::exp(x);
                 sum += e;
                 product += e * x;
                 if (scales) exps[size_t(j)] = e;
             }
-            const float shifted = value(own[targets[row]]) * inverse - most;
+            const float shifted = to_float(own[targets[row]]) * inverse - most;
             logprobs[row] = shifted - std::log(sum);
             lse[row] = most + std::log(sum);
             entropies[row] = std::log(sum) - product / sum;  // -sum p log p with log p = x - log(sum)
