@@ -138,6 +138,7 @@ def _run(
 
     import torch
 
+    from kitae.models import files
     from kitae.rollout.choose import open_engine
     from kitae.serve import address, http
     from kitae.serve.access import Gate
@@ -147,6 +148,10 @@ def _run(
 
     if use.threads is not None:
         torch.set_num_threads(use.threads)
+    if adapters:
+        base = files.find_model(use.model, revision=use.revision, with_code=use.trust_remote_code).folder
+        for path in adapters.values():
+            files.require_same_family(path, base)
     opened = open_model(use, must_chat=False)
     if not opened.template.can_chat:
         log.warning("%s has no chat template: it answers /v1/completions only; --template gives it one", name)

@@ -71,6 +71,7 @@ def match_adapter(
     if is_tied and embedding is not None:
         shapes.setdefault(HEAD, shapes[embedding])
     found = read_adapter(adapter_folder, shapes)
+    files.require_same_family(adapter_folder, weights.folder)  # after the shapes, which say more
     if not found.is_trained:
         raise ModelError(
             f"{adapter_folder} changes nothing: all its B are zero, so merged it would equal the base; was it trained?"

@@ -17,6 +17,8 @@ from kitae.export.verify_answers import tokenizer_of
 from kitae.models.files import read_json
 
 GENERATION = "generation_config.json"
+SHOWN = 40
+"""Characters of a value that a message shows."""
 
 
 def end_differences(folder: Path, source: Source) -> list[str]:
@@ -55,7 +57,8 @@ def metadata_differences(opened: Opened, source: Source) -> list[str]:
         if key not in opened.metadata:
             found.append(f"{key} is missing")
         elif not _is_same(value.value, opened.metadata[key]):
-            found.append(f"{key} is {_short(opened.metadata[key])}, not {_short(value.value)}")
+            is_, wanted = _apart(opened.metadata[key], value.value)
+            found.append(f"{key} is {_short(is_)}, not {_short(wanted)}")
     if is_byte_level:
         found += _pretokenizer_differences(pre, tokenizer.backend_tokenizer)
     return found
@@ -80,6 +83,14 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def _apart(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two values that differ; of long texts, such as templates, only what comes from the first difference on."""
+    if not (isinstance(a, str) and isinstance(b, str)) or max(len(a), len(b)) <= SHOWN:
+        return a, b
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return (f"...{a[same:]}", f"...{b[same:]}") if same else (a, b)
+
+
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

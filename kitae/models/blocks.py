@@ -10,6 +10,7 @@ module's own way.
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from typing import Any
 
@@ -17,7 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kitae import backends
 from kitae.models import native
+from kitae.models.attention import head_sizes
+
+log = logging.getLogger(__name__)
 
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Qwen3MoeAttention"}
 """transformers' classes that project, normalise heads where they have q_norm and k_norm, rotate, and attend."""
@@ -59,6 +64,21 @@ def fuse_layers(model: nn.Module, *, attention_name: str, kernels: Any = native)
             module.forward = types.MethodType(functools.partial(_attention, kernels), module)
         elif kind in MLPS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
             module.forward = types.MethodType(functools.partial(_mlp, kernels), module)
+
+
+def triton_kernels(causal_lm: Any) -> Any:
+    """triton_blocks as `kernels`, where the model's device has Triton and they were tried on it; else None."""
+    device = next(causal_lm.parameters()).device
+    if not backends.of(device).supports("triton")[0]:
+        return None
+    from kitae.models import triton_blocks
+
+    _, _, size, _ = head_sizes(causal_lm.config)
+    reason = triton_blocks.why_not(head_size=size, dtype=causal_lm.dtype, device=device)
+    if reason is None:
+        return triton_blocks
+    log.info("torch's own operations instead of Triton's kernels: %s", reason)
+    return None
 
 
 def _fused_rmsnorm(self: Any, hidden_states: Tensor) -> Tensor:

@@ -59,6 +59,25 @@ def find_model(name_or_path: str, *, revision: str | None = None, with_code: boo
     return ModelFiles(folder=folder, name=str(folder.resolve()) if is_local else name_or_path)
 
 
+def require_same_family(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that names a base of another family than `base`, which may have the same shapes.
+
+    What it names is looked at only where that is a folder here.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        return
+    named = str(read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    config = Path(named).expanduser() / "config.json"
+    if not named or not config.is_file():
+        return
+    own, other = (read_json(path).get("model_type") for path in (config, base / "config.json"))
+    if own != other:
+        raise ModelError(
+            f"the adapter {adapter} was trained on {named}, of the family {own}, and {base} is of {other}; name a base of "
+            "its own family"
+        )
+
+
 def find_folder(name_or_path: str, *, revision: str | None = None, with_code: bool = False) -> Path:
     """The local folder of that name, else the hub model's, downloaded with progress; a stopped download resumes."""
     folder = Path(name_or_path).expanduser()

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kitae import backends
 from kitae.config import SeamSettings
 from kitae.errors import ModelError
 from kitae.models import attention, blocks, compared, embedding, experts, linear, native
@@ -69,7 +68,7 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         plain_TH = compared.plain_hidden(causal_lm)
     device = next(causal_lm.parameters()).device
     use_kernels = settings.kernels and device.type == "cpu" and native.library() is not None
-    use_triton = settings.kernels and backends.of(device).supports("triton")[0] and _triton_serves(causal_lm)
+    triton = blocks.triton_kernels(causal_lm) if settings.kernels else None
     use_experts = _install_experts(causal_lm, settings, plain_TH, name=NATIVE_NAME if use_kernels else NAME)
     reason = compared.why_own_attention(causal_lm.config)
     if settings.attention and reason is None:
@@ -86,12 +85,10 @@ def install(causal_lm: Any, settings: SeamSettings, family: Family) -> SeamSetti
         blocks.fuse_layers(causal_lm, attention_name=NATIVE_NAME)
         embedding.fuse_embedding(causal_lm)
         linear.fuse_linears(causal_lm.get_decoder())
-    if use_triton:
-        from kitae.models import triton_blocks
-
-        blocks.fuse_layers(causal_lm, attention_name=NAME, kernels=triton_blocks)
+    if triton is not None:
+        blocks.fuse_layers(causal_lm, attention_name=NAME, kernels=triton)
     used = {"attention": use_attention, "head": use_head, "experts": use_experts}
-    used["kernels"] = use_kernels or use_triton
+    used["kernels"] = use_kernels or triton is not None
     return settings.model_copy(update=used)
 
 
@@ -124,18 +121,6 @@ def packed_attention(
         return kv_cache.attend(layer, q_TQD, k_TKD, v_TKD, packing, scaling)[None], None
     out = attend(q_TQD, k_TKD, v_TKD, packing, scaling=scaling, dropout=dropout)
     return out[None], None
-
-
-def _triton_serves(causal_lm: Any) -> bool:
-    from kitae.models import triton_blocks
-
-    sizes = attention.head_sizes(causal_lm.config)
-    reason = triton_blocks.why_not(
-        head_size=sizes[2], dtype=causal_lm.dtype, device=next(causal_lm.parameters()).device
-    )
-    if reason is not None:
-        log.info("torch's own operations instead of Triton's kernels: %s", reason)
-    return reason is None
 
 
 def _try_attention(causal_lm: Any, name: str, plain_TH: Tensor | None) -> str | None:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kitae.config import SamplingSettings
 from kitae.models.policy import Policy
-from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.base import Request, draw_tokens
 from kitae.rollout.cache import Prompt, SlotCache
 from kitae.rollout.plain import PlainRows, eval_mode
 from kitae.rollout.scheduler import Scheduler, round_up_rows
-from kitae.rollout.session import Rows, Session, sample_all
-from kitae.types import Packing, Problem, Rollout, Segment
+from kitae.rollout.session import Rows, Session, sample_all, sample_groups
+from kitae.types import Packing, Segment
 
 log = logging.getLogger(__name__)
 
@@ -55,28 +54,7 @@ class GenericEngine:
     def sync(self) -> None:
         """Nothing to do: the weights are the policy's own."""
 
-    def generate(
-        self,
-        problems: Sequence[Problem],
-        *,
-        n: int,
-        sampling: SamplingSettings,
-        seed: int,
-        on_tokens: OnTokens | None = None,
-        on_rollout: OnRollout | None = None,
-    ) -> list[list[Rollout]]:
-        """See RolloutEngine."""
-        limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return sample_all(
-            self,
-            limits,
-            problems=problems,
-            sampling=sampling,
-            seed=seed,
-            on_tokens=on_tokens,
-            on_rollout=on_rollout,
-        )
-
+    generate = sample_groups
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:

@@ -17,19 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kitae.config import SamplingSettings
 from kitae.models.policy import Policy
 from kitae.rollout import structs
-from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.base import Request, draw_tokens
 from kitae.rollout.budget import Budget, most_pages, pages_of
 from kitae.rollout.packed import PackedModel
 from kitae.rollout.page_rows import PageRows, as_table, needs_logits
 from kitae.rollout.pages import PAGE, HostPages, Pages
 from kitae.rollout.scheduler import Scheduler
 from kitae.rollout.scratch import make_scratch
-from kitae.rollout.session import Session, sample_all
+from kitae.rollout.session import Session, sample_all, sample_groups
 from kitae.rollout.structs import pointer
-from kitae.types import Problem, Rollout
 
 PREFILL_TOKENS = 256
 """Prompt tokens of one pass."""
@@ -79,28 +77,7 @@ class NativeEngine:
             )
         self._model.take(self.policy)
 
-    def generate(
-        self,
-        problems: Sequence[Problem],
-        *,
-        n: int,
-        sampling: SamplingSettings,
-        seed: int,
-        on_tokens: OnTokens | None = None,
-        on_rollout: OnRollout | None = None,
-    ) -> list[list[Rollout]]:
-        """See RolloutEngine."""
-        limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return sample_all(
-            self,
-            limits,
-            problems=problems,
-            sampling=sampling,
-            seed=seed,
-            on_tokens=on_tokens,
-            on_rollout=on_rollout,
-        )
-
+    generate = sample_groups
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from kitae import backends
 from kitae.backends import Recording
-from kitae.config import SamplingSettings
 from kitae.models.policy import Policy
-from kitae.rollout.base import OnRollout, OnTokens, Request, draw_tokens
+from kitae.rollout.base import Request, draw_tokens
 from kitae.rollout.budget import Budget, most_pages, pages_of
 from kitae.rollout.page_cache import Attend, PageCache, Step, attend_slowly
 from kitae.rollout.page_rows import PageRows, as_table, needs_logits
@@ -28,8 +27,8 @@ from kitae.rollout.pages import PAGE, Pages
 from kitae.rollout.plain import eval_mode
 from kitae.rollout.sampling import inverse_cdf
 from kitae.rollout.scheduler import Scheduler
-from kitae.rollout.session import Session, sample_all
-from kitae.types import Packing, Problem, Rollout, Segment
+from kitae.rollout.session import Session, sample_all, sample_groups
+from kitae.types import Packing, Segment
 
 log = logging.getLogger(__name__)
 
@@ -70,28 +69,7 @@ class PagedEngine:
     def sync(self) -> None:
         """Nothing to do: the weights are the policy's own."""
 
-    def generate(
-        self,
-        problems: Sequence[Problem],
-        *,
-        n: int,
-        sampling: SamplingSettings,
-        seed: int,
-        on_tokens: OnTokens | None = None,
-        on_rollout: OnRollout | None = None,
-    ) -> list[list[Rollout]]:
-        """See RolloutEngine."""
-        limits = [[sampling.max_new_tokens] * n] * len(problems)
-        return sample_all(
-            self,
-            limits,
-            problems=problems,
-            sampling=sampling,
-            seed=seed,
-            on_tokens=on_tokens,
-            on_rollout=on_rollout,
-        )
-
+    generate = sample_groups
     generate_up_to = sample_all
 
     def open_session(self, *, max_rows: int | None = None, longest: int | None = None) -> Session:

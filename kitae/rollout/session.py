@@ -170,6 +170,29 @@ class SessionEngine(Protocol):
         ...
 
 
+def sample_groups(
+    engine: SessionEngine,
+    problems: Sequence[Problem],
+    *,
+    n: int,
+    sampling: SamplingSettings,
+    seed: int,
+    on_tokens: OnTokens | None = None,
+    on_rollout: OnRollout | None = None,
+) -> list[list[Rollout]]:
+    """RolloutEngine.generate, of an engine that has sessions."""
+    limits = [[sampling.max_new_tokens] * n] * len(problems)
+    return sample_all(
+        engine,
+        limits,
+        problems=problems,
+        sampling=sampling,
+        seed=seed,
+        on_tokens=on_tokens,
+        on_rollout=on_rollout,
+    )
+
+
 def sample_all(
     engine: SessionEngine,
     limits: Sequence[Sequence[int]],

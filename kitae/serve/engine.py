@@ -35,6 +35,8 @@ STEP_S = 0.05
 """About so long one step may take before others get their turn."""
 SHOW_S = 0.1
 """Readers see new text about so often, and at once the first and the last of an answer; more often costs the engine time."""
+SHOWN_PER_S = 256
+"""All readers of a lane together are shown something so many times a second: with 64 of them, each every quarter of one."""
 SWITCH_S = 0.0005
 """So long the event loop and the engine's thread may keep Python from each other; shorter costs more switches."""
 
@@ -271,7 +273,7 @@ class EngineThread:
     def _gathered(self, lane: str, events: list[Event]) -> list[Event]:
         """What is to be shown now of a step's events and of those held back before; a step may be shorter than SHOW_S."""
         now = time.monotonic()
-        is_due = now - self._shown_s[lane] >= SHOW_S
+        is_due = now - self._shown_s[lane] >= max(SHOW_S, self._sessions[lane].num_running / SHOWN_PER_S)
         if is_due:
             self._shown_s[lane] = now
         shown, held = [], self._held[lane]

@@ -76,14 +76,14 @@ With *P* all weights, *t* those that train (all of them, or adapters of *rank* x
 
 *Queries* and *keys* are heads x head size; models that norm them (Qwen3) keep them a third time. Latent attention and routed
 experts have their own sums in `kitae/models/activations.py`. Where no compiler makes the kernels, a CPU keeps up to twice as
-much. Beside these there are keys and values while sampling (`rollout.kv_cache_tokens`), the process itself (0.4 GiB of
+much. Beside these there are keys and values while sampling (`rollout.kv_cache_tokens`; the paged engine
+keeps their memory from the first round on), the process itself (0.4 GiB of
 Python and torch), what the matrix products' library keeps prepared, the logits of one chunk (256 MiB on a GPU; on a CPU
 192 rows, 56 MiB in bfloat16 where the vocabulary has 152,000 tokens), and what an allocator cannot use again.
 
 `model.gradient_checkpointing = "auto"` takes the first of false, true and offload whose largest pass fits into what is free
 once the weights are loaded, and logs the prices it compared. A second model that a run loads later (a reference, a critic)
-is not in that sum. On a CPU offload does the same as true, and the log says so. Offloading was tested on a CPU, where copies
-change no bit of a gradient; it was not run on a GPU.
+is not in that sum. On a CPU offload does the same as true, and the log says so.
 
 A pass has the rows of `train.per_device_train_batch_size`, in parts of at most 2,048 tokens on a CPU unless one row alone
 is longer. If a pass does not fit after all, a single process halves it, with the same result

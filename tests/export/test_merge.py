@@ -349,6 +349,9 @@ def test_another_models_adapter_is_refused_with_names_and_shapes(tiny, tmp_path)
     assert "and 11 more" in str(caught.value)
     with pytest.raises(ModelError, match=r"nor experts of these shapes there"):
         merge(str(adapter), How(output=tmp_path / "out"), base=str(tiny("deepseek_v3")))
+    with pytest.raises(ModelError, match=r"of the family llama, and .* is of qwen3; name a base of its own"):
+        merge(str(adapter), How(output=tmp_path / "out"), base=str(tiny("qwen3")))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def edited(adapter, **changes):

@@ -142,7 +142,7 @@ def test_another_template_is_caught(model, file, tmp_path):
     field.parts[field.data[0]][:] = np.frombuffer(text.replace(b"assistant\\n", b"ASSISTANT\\n"), np.uint8)
     reader.data.flush()
     said = failures(model, file)
-    assert "tokenizer.chat_template is" in said
+    assert 'tokenizer.chat_template is "...ASSISTANT' in said and ', not "...assistant' in said
     assert ("rendered otherwise by llama.cpp" in said) == verify_llama.has_llama_cpp()
 
     folder = shutil.copytree(model, tmp_path / "template")

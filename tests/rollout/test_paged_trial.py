@@ -18,6 +18,7 @@ from kitae.rollout import paged_trial
 from kitae.rollout.page_cache import attend_slowly
 from kitae.rollout.paged_trial import waits_for_device, why_not_paged, why_not_the_same
 from tests.rollout.test_generic import policy_of
+from tests.rollout.test_paged import changeable
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
@@ -36,7 +37,7 @@ def test_a_step_that_gives_something_else_is_found_out(tiny: Callable[..., Path]
 
 
 def test_layers_that_are_not_as_the_configuration_says_are_found_out(tiny: Callable[..., Path]):
-    policy = policy_of(tiny("qwen3"))
+    policy = changeable(tiny("qwen3"))
     policy.causal_lm.config.num_key_value_heads = 3
     assert str(why_not_the_same(policy, attend=attend_slowly)).startswith("its steps do not run: ")
 
@@ -61,7 +62,7 @@ def test_seams_sharding_and_unknown_families_are_looked_at(
 ):
     """As on a device that has all it needs, and an architecture that the tests do not prove is tried."""
     folder = tiny("qwen3")
-    policy, plain = policy_of(folder), policy_of(folder, attention=False)
+    policy, plain = changeable(folder), policy_of(folder, attention=False)
     monkeypatch.setattr(type(backends.of(torch.device("cpu"))), "supports", lambda self, feature: (True, ""))
     monkeypatch.setattr(paged_trial, "_why_not_right", lambda policy: None)
     monkeypatch.setattr(paged_trial, "fast_attend", lambda: attend_slowly)

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from test_adapters import make_adapter
 
 from kitae.cli.main import main
 from kitae.serve.access import Gate, new_key, read_key, write_private
@@ -74,6 +75,12 @@ def test_a_key_file_that_others_can_read_is_refused(home, tmp_path, capsys):
     file.write_text("\u00e9\n", encoding="utf-8")
     assert main(["serve", "m", "--port", "0", "--api_key_file", str(file)]) == 2
     assert "characters that a header cannot carry" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_family_is_refused_though_its_shapes_fit(home, tiny, tmp_path, capsys):
+    adapter = make_adapter(tiny("llama"), tmp_path / "adapter", seed=1)
+    assert main(["serve", str(tiny("qwen3")), "--adapter", f"x={adapter}", "--port", "0"]) == 2
+    assert "of the family llama, and" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_found_before_anything_is_loaded(home, capsys):

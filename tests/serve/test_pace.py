@@ -24,6 +24,12 @@ def clock(monkeypatch):
     return Clock
 
 
+class Running:
+    """A session as far as the pace depends on it."""
+
+    num_running = 2
+
+
 def grow(requests, *texts, finish_reason=None):
     """One step: a token for each request."""
     for request in requests:
@@ -32,7 +38,7 @@ def grow(requests, *texts, finish_reason=None):
 
 
 def test_the_first_and_the_last_text_come_at_once_and_the_rest_now_and_then(clock):
-    lanes = [Lane(name=name, policy=None, open_session=lambda: None) for name in ("a", "b")]
+    lanes = [Lane(name=name, policy=None, open_session=Running) for name in ("a", "b")]
     thread = engine.EngineThread(lanes)
     problem = Problem(prompt="", token_ids=[1], index=0)
     first, second = make_requests(problem, [9, 9], number=0, sampling=SamplingSettings(), seed=0)
@@ -54,6 +60,20 @@ def test_the_first_and_the_last_text_come_at_once_and_the_rest_now_and_then(cloc
     clock.now += engine.SHOW_S
     assert shown("a", []) == [(1, [7], "g")]  # also of a row that gets no tokens now
     assert not any(thread._held.values())
+
+
+def test_each_of_many_readers_hears_something_less_often(clock, monkeypatch):
+    thread = engine.EngineThread([Lane(name="a", policy=None, open_session=Running)])
+    problem = Problem(prompt="", token_ids=[1], index=0)
+    (request,) = make_requests(problem, [99], number=0, sampling=SamplingSettings(), seed=0)
+    for num_running, pause_s in ((25, 0.1), (64, 0.25), (128, 0.5)):
+        monkeypatch.setattr(Running, "num_running", num_running)
+        clock.now += 10
+        thread._gathered("a", grow([request], "x"))
+        clock.now += pause_s * 0.9
+        assert not thread._gathered("a", grow([request], "y"))
+        clock.now += pause_s * 0.2
+        assert [e.text for e in thread._gathered("a", grow([request], "z"))] == ["yz"]
 
 
 def test_what_is_written_in_one_turn_is_sent_at_once():
