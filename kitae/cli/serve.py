@@ -81,6 +81,10 @@ def main(argv: list[str]) -> int:
     name = use.served_model_name or Path(use.model.rstrip("/")).name.removesuffix(".gguf")
     if use.engine in EXTERNAL:
         return _serve_external(use, name, adapters)
+    require(
+        not (use.model.endswith(".gguf") and Path(use.model).expanduser().is_file()),
+        f"{use.model} is a GGUF file, which llama.cpp runs: say --engine llama.cpp, or name the folder it was made of",
+    )
     for setting in ("n_gpu_layers", "cache_type_k", "cache_type_v", "max_model_len", "engine_args"):
         require(
             not getattr(use, setting), f"--{setting} has no effect with --engine {use.engine}; leave it out"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
 from kitae.compiler import BuildError, find_compiler
 from kitae.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def compile_layers(layers: nn.ModuleList, *, device: torch.device) -> None:
@@ -18,6 +22,9 @@ def compile_layers(layers: nn.ModuleList, *, device: torch.device) -> None:
             raise ConfigError(
                 f"model.torch_compile is true, but {error}; install g++, or set it to false"
             ) from error
+    log.info(
+        "torch.compile: layers are compiled in the first step, which may take a minute; see time/compile_s"
+    )
     for layer in layers:
         layer.compile()
 

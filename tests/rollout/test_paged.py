@@ -340,9 +340,9 @@ def test_a_thread_samples_from_a_copy_whose_steps_are_not_recorded(
 
 @pytest.mark.parametrize("recipe", ["grpo", "ppo"])
 def test_a_run_is_that_of_the_generic_engine_and_goes_on_as_if_it_had_not_stopped(
-    recipe: str, as_on_a_gpu: None, tmp_path: Path
+    recipe: str, as_on_a_gpu: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ):
-    files = make_files(tmp_path / "files")
+    files = make_files(tmp_path_factory.mktemp("files"))
 
     def run(name: str, steps: int, *, engine: str = "auto", **more: Any) -> list[dict[str, Any]]:
         changes = {"train": {"max_steps": steps}, "log": {"steps": 1}, "save": {"steps": 2}, **more}

@@ -199,6 +199,7 @@ def test_an_engine_that_fails_to_start_is_reported(fake, tmp_path):
             "--cache_type_k has no effect with --engine vllm",
         ),
         (("m", "--engine", "llama.cpp"), "llama-server, which is not on the PATH; brew install llama.cpp"),
+        (("m.gguf",), "m.gguf is a GGUF file, which llama.cpp runs: say --engine llama.cpp"),
         (("m", "--max_model_len", "5"), "--max_model_len has no effect with --engine auto"),
         (("m", "--adapter", "x"), "--adapter is 'x'; write NAME=PATH"),
         (("m", "--adapter", "x=a", "x=b"), "--adapter names 'x' twice"),
@@ -208,6 +209,8 @@ def test_an_engine_that_fails_to_start_is_reported(fake, tmp_path):
 def test_what_cannot_work_is_said_in_one_line(words, said, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("KITAE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert main(["serve", *words, "--port", "0"]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
