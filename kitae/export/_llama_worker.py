@@ -60,6 +60,12 @@ class _Server:
         }  # fmt: skip
         return self.ask("/completion", {**body, **more})
 
+    def tokens(self, text: str, *, add_special: bool) -> list[int]:
+        """Token ids of a text; `add_special` puts a BOS before it where the file says so, as the server does itself."""
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        found: list[int] = self.ask("/tokenize", body)["tokens"]
+        return found
+
     def likeliest(self, ids: list[int], *, count: int) -> list[dict[str, Any]]:
         """The likeliest next tokens, each an `id` with its `logprob` as the model gives it, whatever is said then."""
         said = self.complete(ids, tokens=1, n_probs=count)
@@ -90,20 +96,16 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     for number in job["stop_ids"]:
         said = server.complete(job["sequences"][0][0], tokens=4, top_k=1, logit_bias=[[number, FORCED_BIAS]])
         stops[str(number)] = said["stop_type"] == "eos" and said["tokens_predicted"] == 1
+    rendered = [
+        server.ask("/apply-template", {"messages": messages})["prompt"] for messages in job["conversations"]
+    ]
     return {
         "positions": positions,
         "greedy": greedy,
         "stops": stops,
-        "tokens": [
-            server.ask(
-                "/tokenize", {"content": text, "add_special": job["add_special"], "parse_special": True}
-            )["tokens"]
-            for text in job["texts"]
-        ],
-        "rendered": [
-            server.ask("/apply-template", {"messages": messages})["prompt"]
-            for messages in job["conversations"]
-        ],
+        "tokens": [server.tokens(text, add_special=job["add_special"]) for text in job["texts"]],
+        "rendered": rendered,
+        "rendered_tokens": [server.tokens(text, add_special=True) for text in rendered],
     }
 
 

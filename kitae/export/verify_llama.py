@@ -76,7 +76,7 @@ def answers_alone(path: Path, questions: list[Question], *, stop_ids: list[int],
     is_large = path.stat().st_size > backends.pick("cpu").memory(torch.device("cpu"))[1]
     asked, tokens = (questions[:1], TOKENS_OF_LARGE) if is_large else (questions, 2 * SPARE_TOKENS)
     job = _job(path, asked, [[0] for _ in asked], stop_ids=stop_ids, threads=threads, tokens=tokens)
-    job["texts"] = [q.text for q in questions]
+    job["texts"] = [q.text for q in questions if not q.messages]
     job["conversations"] = [q.messages for q in questions if q.messages]
     said = run_llama_cpp({**job, "top": TOKENS_OF_LARGE})
     failures = _differences(said, questions)
@@ -106,22 +106,29 @@ def _job(
         "sequences": [[q.ids, f] for q, f in zip(questions, forced, strict=True)],
         "max_tokens": tokens,
         "stop_ids": stop_ids,
-        "texts": [q.text for q in questions],
-        "add_special": not any(q.messages for q in questions),  # what a chat template writes has them already
+        "texts": [q.text for q in questions if not q.messages],
+        "add_special": True,
         "conversations": [q.messages for q in questions if q.messages],
     }
 
 
 def _differences(said: dict[str, Any], questions: Sequence[Question]) -> list[str]:
-    """How llama.cpp reads or renders text otherwise."""
+    """How llama.cpp reads text otherwise, or renders conversations, which it then reads as its server does.
+
+    It leaves out a BOS that the template writes where it puts one there itself: ids are compared, texts only say why.
+    """
+    plain, asked = [q for q in questions if not q.messages], [q for q in questions if q.messages]
+    unlike = sum(ids != q.ids for ids, q in zip(said["tokens"], plain, strict=True))
+    unlike_rendered = 0
+    for text, ids, q in zip(said["rendered"], said["rendered_tokens"], asked, strict=True):
+        if ids != q.ids:
+            is_text = q.text.endswith(text)
+            unlike, unlike_rendered = unlike + is_text, unlike_rendered + (not is_text)
     found = []
-    unlike = sum(ids != q.ids for ids, q in zip(said["tokens"], questions, strict=True))
     if unlike:
         found.append(f"{unlike} of {len(questions)} prompts become other token ids in llama.cpp")
-    asked = [q for q in questions if q.messages]
-    unlike = sum(text != q.text for text, q in zip(said["rendered"], asked, strict=True))
-    if unlike:
-        found.append(f"{unlike} of {len(asked)} conversations are rendered otherwise by llama.cpp")
+    if unlike_rendered:
+        found.append(f"{unlike_rendered} of {len(asked)} conversations are rendered otherwise by llama.cpp")
     return found
 
 

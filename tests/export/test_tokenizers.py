@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from kitae.models.load import load_tokenizer
 from kitae.models.toy import make_model, make_tokenizer
 
 pytest.importorskip("gguf")
+ALPACA = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}"
+    "{{ '### Instruction:\\n' + m['content'] + '\\n### Response:\\n' }}{% endif %}{% endfor %}"
+)
 MORE = (
     "",
     "a",
@@ -163,6 +168,9 @@ def test_a_real_model_without_a_template_whose_texts_begin_with_bos_passes_the_g
     model = str(shared_data / "models" / "stories260K")
     assert main(["export", "gguf", model, "--type", "q8_0"]) == 0
     assert capsys.readouterr().err == ""
+    chatty = shutil.copytree(model, tmp_path / "chatty")
+    (chatty / "chat_template.jinja").write_text(ALPACA)  # with a BOS that the tokenizer adds too
+    assert main(["export", "gguf", str(chatty), "--type", "q8_0"]) == 0
     file = tmp_path / "stories260K-GGUF" / "stories260K-Q8_0.gguf"
     reader = GGUFReader(file, "r+")
     field = reader.fields["tokenizer.ggml.add_bos_token"]
