@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,7 +182,7 @@ def test_without_a_setting_half_of_the_free_memory_is_taken(
         def memory(self, device: torch.device) -> tuple[int, int]:
             return 64 * 1024, 1 << 30
 
-    monkeypatch.setattr(budget.backends, "pick", lambda _: Machine())
+    monkeypatch.setattr(budget, "backends", SimpleNamespace(of=lambda _: Machine()))
     session = engine_of(root, kernels, None).open_session()
     with pytest.raises(
         ConfigError, match=r"64 tokens fit: 0 MiB of the free memory is theirs where rollout\.kv"
