@@ -50,7 +50,8 @@ $(BIN)/python:
 
 # torch comes first and by its exact pin: a bare "torch" or a range can pull several GB of another build.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(PIP) install "$(TORCH)"
+	@echo "installing $(TORCH) (once; with CUDA several GB)"
+	$(BIN)/python -m pip --disable-pip-version-check install "$(TORCH)"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml

@@ -6,8 +6,8 @@ import json
 import math
 import statistics
 import time
-from importlib.metadata import version
 
+import trl_shared
 from grpo_reward import rewards
 from grpo_shared import parser, tokens_of
 from harness import device_memory
@@ -19,34 +19,20 @@ def main() -> None:
     arguments.add_argument("--liger", action="store_true", help="with Liger's kernels")
     options = arguments.parse_args()
 
-    from datasets import load_dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    settings = {
-        "output_dir": str(options.folder / "trl-grpo"),
-        "per_device_train_batch_size": options.prompts * options.group,
-        "num_generations": options.group,
-        "max_completion_length": options.longest,
-        "max_steps": options.steps,
-        "learning_rate": 1e-6,
-        "logging_steps": 1,  # for the completions' lengths
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": options.device == "cpu",
-        "use_liger_kernel": options.liger,
-    }
-    if options.precision != "default":
-        settings["bf16"] = options.precision == "bfloat16"
-    if options.gradient_checkpointing is not None:
-        settings["gradient_checkpointing"] = options.gradient_checkpointing == "on"
-    lora = None
-    if options.lora_rank:
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
-
+    settings = trl_shared.settings(
+        options,
+        folder="trl-grpo",
+        device=options.device,
+        per_device_train_batch_size=options.prompts * options.group,
+        num_generations=options.group,
+        max_completion_length=options.longest,
+        learning_rate=1e-6,
+        logging_steps=1,  # for the completions' lengths
+        use_liger_kernel=options.liger,
+    )
     ends: list[float] = []
     logged: list[dict] = []
 
@@ -63,14 +49,9 @@ def main() -> None:
         model=str(options.folder / "sampler"),
         reward_funcs=rewards,
         args=config,
-        train_dataset=load_dataset(
-            "json",
-            data_files=str(options.folder / "questions.jsonl"),
-            split="train",
-            cache_dir=str(options.folder / "hf"),
-        ),
+        train_dataset=trl_shared.rows(options, "questions.jsonl"),
         callbacks=[Clock()],
-        peft_config=lora,
+        peft_config=trl_shared.adapter(options),
     )
     result = trainer.train()
     timed = logged[options.warmup :]
@@ -85,9 +66,7 @@ def main() -> None:
                 "completion_length": length,
                 "reward": statistics.fmean(logs["reward"] for logs in timed),
                 **device_memory(options.device),
-                "precision": f"{next(trainer.model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
-                "gradient_checkpointing": config.gradient_checkpointing,
-                "versions": {name: version(name) for name in ("trl", "transformers", "torch", "peft")},
+                **trl_shared.about(trainer, config),
             }
         )
     )

@@ -4,9 +4,10 @@ The round: 16 prompts of 64 to 128 tokens, 8 completions each, lengths drawn onc
 (median about 100, at most 256) and forced on all, a Qwen3-like model of 30 M parameters with random weights, or with
 `--size 80m-moe` a DeepSeek-V3-like one: latent attention, 16 experts of which 4 compute. They run in
 turn, each measurement in a process of its own; printed are the medians of useful tokens per second, the native engine's
-ratio to each, and peak memory. Peers: `generate` and continuous batching of transformers, and llama.cpp's server, built
-for this machine (llama_cpp.py). `--engines native int8` compares the native engine with itself sampling by 8-bit weights,
-and says how far either's log-probs are from the learner's. See docs/benchmarks.md; stream.py measures a single completion.
+ratio to each, peak memory, and how near the native engine is to its floor (products_alone). Peers: `generate` and
+continuous batching of transformers, and llama.cpp's server, built for this machine (llama_cpp.py). `--engines native int8`
+compares the native engine with itself sampling by 8-bit weights, and says how far either's log-probs are from the
+learner's. See docs/benchmarks.md; stream.py measures a single completion.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ TARGETS: dict[str, dict[str, tuple[float | None, float | None]]] = {
     "bfloat16": {"generate": (10.5, None), "continuous": (12.0, None), "llama.cpp": (4.0, None)},
 }
 """What the native engine's tokens per second are to be as a multiple of a peer's."""
+ROWS = 128
+"""Completions that kitae's engines sample at a time."""
+REPEATS = 15
+"""Of each product that the floor is made of."""
 LLAMA_SLOTS = 64
 """Completions that llama.cpp's server samples at a time: its best on the machine this was first measured on."""
 GENERATE_BATCH = {"float32": 32, "bfloat16": 128}
@@ -71,15 +77,15 @@ def workload(
 
 def run_kitae(
     folder: Path, prompts: list[list[int]], lengths: list[list[int]], *, dtype: str, engine: str
-) -> tuple[float, float]:
-    """Seconds, and how far the sampler's log-probs of some tokens are from the learner's on average."""
+) -> dict[str, float]:
+    """Seconds, how far the sampler's log-probs of some tokens are from the learner's on average, and the floor's seconds."""
     from kitae.config import ModelSettings, SamplingSettings
     from kitae.models.load import load_policy
     from kitae.rollout.choose import open_engine
     from kitae.types import Problem
 
     policy = load_policy(ModelSettings(name_or_path=str(folder), dtype=dtype, device="cpu"), trainable=False)
-    engine, _ = open_engine(
+    sampler, _ = open_engine(
         policy,
         wanted="auto" if engine == "int8" else engine,
         quantization="int8" if engine == "int8" else "none",
@@ -87,15 +93,48 @@ def run_kitae(
         expected_tokens=sum(map(sum, lengths)),
         stop_ids=[],
         decode=lambda ids: "",
-        max_rows=128,
+        max_rows=ROWS,
     )
     problems = [Problem(prompt="", token_ids=ids, index=i) for i, ids in enumerate(prompts)]
-    engine.generate_up_to([[2]], problems=problems[:1], sampling=SamplingSettings(), seed=0)
+    sampler.generate_up_to([[2]], problems=problems[:1], sampling=SamplingSettings(), seed=0)
     start = time.perf_counter()
-    groups = engine.generate_up_to(lengths, problems=problems, sampling=SamplingSettings(), seed=0)
+    groups = sampler.generate_up_to(lengths, problems=problems, sampling=SamplingSettings(), seed=0)
     seconds = time.perf_counter() - start
     assert [[len(r.token_ids) for r in group] for group in groups] == lengths
-    return seconds, gap([group[0] for group in groups], policy)
+    found = {"seconds": seconds, "logprob_gap": gap([group[0] for group in groups], policy)}
+    if engine == "native" and not hasattr(policy.config, "n_routed_experts"):
+        found["floor_s"] = products_alone(policy, prompts, lengths)
+    return found
+
+
+def products_alone(policy: Any, prompts: list[list[int]], lengths: list[list[int]]) -> float:
+    """Seconds that torch would need for the linear layers' products of the round and nothing else.
+
+    A prompt is read once for its group and its last token alone meets the head. Each product is timed at as many rows as are
+    sampled together, in the fastest of three layouts of the weights, and the round taken at that rate: fewer rows, as at a
+    round's end, are slower in truth.
+    """
+    import torch
+    from torch import nn
+
+    decoded = sum(map(sum, lengths)) - sum(map(len, lengths))  # a first token comes from its prompt's last
+    head = policy.causal_lm.get_output_embeddings()
+    total = 0.0
+    with torch.no_grad():
+        for module in policy.causal_lm.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            w_NK = module.weight
+            w_KN = w_NK.t().contiguous()
+            x_MK = torch.randn(ROWS, w_NK.shape[1]).to(w_NK.dtype)
+            x_KM = x_MK.t().contiguous()
+            layouts = ((x_MK, w_NK.t()), (x_MK, w_KN), (w_NK, x_KM))
+            seconds = min(
+                harness.median_seconds(partial(torch.matmul, *pair), repeats=REPEATS) for pair in layouts
+            )
+            tokens = decoded + (len(prompts) if module is head else sum(map(len, prompts)))
+            total += seconds / ROWS * tokens
+    return total
 
 
 def gap(rollouts: list[Any], policy: Any) -> float:
@@ -260,9 +299,8 @@ def worker(args: argparse.Namespace) -> None:
     elif args.worker == "continuous":
         seconds = run_continuous(args.model, prompts, lengths, dtype=args.dtype)
     elif args.worker != "generate":
-        seconds, also["logprob_gap"] = run_kitae(
-            args.model, prompts, lengths, dtype=args.dtype, engine=args.worker
-        )
+        also = run_kitae(args.model, prompts, lengths, dtype=args.dtype, engine=args.worker)
+        seconds = also.pop("seconds")
     else:
         seconds = run_generate(
             args.model, prompts, lengths, dtype=args.dtype, batch=GENERATE_BATCH[args.dtype]
@@ -309,8 +347,8 @@ def main() -> None:
         worker(args)
         return
 
-    if "native" not in args.engines:
-        parser.error("--engines must have native, which the others are compared with")
+    if "native" not in args.engines or len(args.engines) < 2:
+        parser.error("--engines must have native and what it is compared with")
     with tempfile.TemporaryDirectory(prefix="kitae-bench-") as folder:
         harness.measure(contender("model", args, dtype="float32", model=Path(folder)))
         for dtype in args.dtypes:
@@ -332,10 +370,27 @@ def report(measured: dict[str, list[Measurement]], args: argparse.Namespace, *, 
             print(
                 f"log-probs of {name}: {measured[name][0].values['logprob_gap']:.4f} from the learner's on average"
             )
+    floor = None
+    if "floor_s" in measured["native"][0].values:
+        limit = useful / harness.spread(measured["native"], "floor_s").median
+        floor = {
+            "what": "the linear layers' products alone, as fast as torch's run",
+            "limit": limit,
+            "share": harness.spread(measured["native"], "tokens_per_s").median / limit,
+            "target": None,
+        }
+        print(
+            f"floor: {floor['what']}, would allow {limit:,.0f} useful tokens/s; native is at {floor['share']:.0%}"
+        )
     if args.json:
         path = args.json if len(args.dtypes) == 1 else args.json.with_stem(f"{args.json.stem}-{dtype}")
         harness.write_json(
-            path, measured=measured, comparisons=comparisons, unit="useful tokens/s", useful_tokens=useful
+            path,
+            measured=measured,
+            comparisons=comparisons,
+            unit="useful tokens/s",
+            floor=floor,
+            useful_tokens=useful,
         )
 
 

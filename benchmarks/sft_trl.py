@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from importlib.metadata import version
 
 import contender_options
+import trl_shared
 from harness import device_memory
 
 
@@ -18,37 +18,23 @@ def main() -> None:
     parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
     options = parser.parse_args()
 
-    from datasets import load_dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    settings = {
-        "output_dir": str(options.folder / "trl"),
-        "per_device_train_batch_size": options.batch_size,
-        "max_steps": options.steps,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": options.device == "cpu",
-        "max_length": options.max_length,
-        "use_liger_kernel": options.liger,
-    }
+    settings = trl_shared.settings(
+        options,
+        folder="trl",
+        device=options.device,
+        per_device_train_batch_size=options.batch_size,
+        max_length=options.max_length,
+        use_liger_kernel=options.liger,
+    )
     if options.variant == "packed":
         # A batch of one packed row: from its position ids transformers keeps conversations apart, so that the
         # gradient equals the unpacked one. Two such rows in a batch would attend across conversations.
         settings |= {"packing": True, "per_device_train_batch_size": 1}
     elif options.variant == "padding_free":
         settings |= {"padding_free": True, "max_length": None}
-    if options.precision != "default":
-        settings["bf16"] = options.precision == "bfloat16"
-    if options.gradient_checkpointing is not None:
-        settings["gradient_checkpointing"] = options.gradient_checkpointing == "on"
-    lora = None
-    if options.lora_rank:
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules="all-linear")
-
     if options.quantization == "nf4":
         import torch
         from transformers import BitsAndBytesConfig
@@ -73,14 +59,9 @@ def main() -> None:
     trainer = SFTTrainer(
         model=str(options.folder / "model"),
         args=config,
-        train_dataset=load_dataset(
-            "json",
-            data_files=str(options.folder / "rows.jsonl"),
-            split="train",
-            cache_dir=str(options.folder / "hf"),
-        ),
+        train_dataset=trl_shared.rows(options, "rows.jsonl"),
         callbacks=[Clock()],
-        peft_config=lora,
+        peft_config=trl_shared.adapter(options),
     )
     result = trainer.train()
     (started, before), (ended, after) = ends[options.warmup - 1], ends[-1]
@@ -92,10 +73,8 @@ def main() -> None:
                 "step_s": (ended - started) / (len(ends) - options.warmup),
                 "tokens_per_step": (after - before) / (len(ends) - options.warmup),
                 "loss": result.training_loss,
-                "precision": f"{next(trainer.model.parameters()).dtype} weights, bf16 autocast {config.bf16}",
-                "gradient_checkpointing": config.gradient_checkpointing,
                 **device_memory(options.device),
-                "versions": {name: version(name) for name in ("trl", "transformers", "torch", "peft")},
+                **trl_shared.about(trainer, config),
             }
         )
     )

@@ -100,10 +100,8 @@ def of_benchmark(result: dict[str, Any]) -> str:
     text = f"### {result['title']}\n\n`{result['command']}`\n\n{about}\n\n{table(rows)}"
     if floor := result["floor"]:
         limit = f"{floor['limit']:,.{digits_for(floor['limit'])}f} {unit}"
-        text += (
-            f"\nFloor: {floor['what']}, {limit}. {name} is at {floor['share']:.0%}; "
-            f"the target is {floor['target']:.0%}.\n"
-        )
+        target = "" if floor["target"] is None else f"; the target is {floor['target']:.0%}"
+        text += f"\nFloor: {floor['what']}, {limit}. {name} is at {floor['share']:.0%}{target}.\n"
     return text + "".join(f"\n{note}\n" for note in result.get("notes", []))
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"]
 COMPILERS = ("g++", "c++")
 TIMEOUT_S = 300
+OUT_OF_MEMORY = -1
+"""As in rollout/kernels/memory.h."""
 
 
 class BuildError(Exception):
@@ -72,6 +75,13 @@ def load_library(source: Source, *, cache: Path | None = None) -> ctypes.CDLL:
     if (loaded := _load(file, source.functions)) is None:
         raise BuildError(f"what {compiler} made of the kernels cannot be loaded")
     return loaded
+
+
+def status_of(status: int, function: Any, arguments: tuple[Any, ...]) -> int:
+    """What a kernel returned, if it found enough memory to work in: `errcheck` of ctypes functions."""
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(f"{function.__name__} found no memory to work in")
+    return status
 
 
 def default_cache() -> Path:

@@ -26,6 +26,12 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        """Descriptions become one line each, which help pages break where the terminal ends."""
+        for field in cls.model_fields.values():
+            field.description = " ".join(field.description.split()) if field.description else None
+
 
 class RunSettings(Section):
     """What the settings of every recipe begin with."""

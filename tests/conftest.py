@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import signal
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads would only wait for each other
+os.environ["COLUMNS"] = "80"  # tables are as wide in every terminal
+os.environ["no_proxy"] = "*"  # the only servers are on loopback
+
+with contextlib.suppress(ModuleNotFoundError):  # those of a GPU need none
+    import hypothesis
+
+    # The same examples in every run, however slow the machine is; others come with --hypothesis-profile=default.
+    hypothesis.settings.register_profile(
+        "repeatable",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -29,6 +49,26 @@ def own_home(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["KITAE_HOME"]
     else:
         os.environ["KITAE_HOME"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heard_signals():
+    """A process in the background may ignore Ctrl-C and a closed terminal; those that tests start shall hear of both.
+
+    What starts anew gets a signal that is handled here in its default way, and one that is ignored stays ignored.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture
@@ -146,3 +186,18 @@ def endpoint():
     server = FakeEndpoint()
     yield server
     server.close()
+
+
+@pytest.fixture
+def kitae(capsys):
+    """Run a command line: its exit code, standard output and standard error."""
+
+    from kitae.cli.main import main
+
+    def run(*argv):
+        capsys.readouterr()
+        code = main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -1,6 +1,7 @@
 """The layers of docs/architecture.md, kept by reading every import of the project."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,17 @@ def code_lines(path: Path) -> int:
 def test_grpo_can_be_read_in_one_sitting():
     lines = {name: code_lines(ROOT / "kitae" / name) for name in FIRST_TOUR}
     assert sum(lines.values()) <= 1500, lines
+
+
+def test_the_architecture_page_names_every_file_and_the_tour():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    layout = set(re.findall(r"\w+", page[page.index("## 3. Layout") : page.index("## 4.")]))
+    told_by_folder = {"cli", "settings", "health"}
+    files = [path.relative_to(ROOT / "kitae") for path in (ROOT / "kitae").rglob("*.py")]
+    named = [f for f in files if f.parts[0] not in told_by_folder and not f.stem.startswith("__")]
+    assert not [str(f) for f in named if f.stem not in layout]
+    tour = page[page.index("*Understand GRPO*") :].split("\n", 1)[0]
+    assert re.findall(r"`(.+?)`", tour) == FIRST_TOUR
 
 
 BANNED_CALLS = {"eval", "exec", "torch.load", "os.system", "yaml.load"}

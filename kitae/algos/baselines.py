@@ -53,9 +53,8 @@ def leave_one_out(rewards_PG: Tensor) -> Tensor:
     """
     count_P1 = (~rewards_PG.isnan()).sum(-1, keepdim=True)
     centered_PG = group_relative(rewards_PG, scale_by_std=False)
-    return (
-        centered_PG * count_P1 / (count_P1 - 1).clamp(min=1)
-    )  # r - sum of others / (n - 1) = (r - mean) n / (n - 1)
+    # r - sum of others / (n - 1) = (r - mean) n / (n - 1)
+    return centered_PG * count_P1 / (count_P1 - 1).clamp(min=1)
 
 
 def _mean_and_std(values_PG: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> tuple[float, float]:

@@ -75,9 +75,8 @@ def _for_gpus(use: Settings, name: str, adapters: dict[str, Path], common: dict[
     from kitae.serve.external import Wanted, template_with_system, tensor_parallel
 
     found = files.find_model(use.model, revision=use.revision, with_code=use.trust_remote_code)
-    if (
-        found.adapter is not None
-    ):  # an adapter folder or a LoRA run: its base, and the adapter by the model's own name
+    # An adapter folder or a LoRA run: its base, and the adapter by the model's own name.
+    if found.adapter is not None:
         adapters = {name: found.adapter, **adapters}
         name = f"{name}-base"
     template = Template.load(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kitae.errors import GateError
 from kitae.export.gate import Check, first_failure
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def checker(
@@ -27,9 +32,16 @@ def checker(
         if before is not None:
             before()
         try:
-            report = verify(
-                reference, [written], names=[name], base=base, dequantize=dequantize, threads=threads
-            )
+            with told() as say:
+                report = verify(
+                    reference,
+                    [written],
+                    names=[name],
+                    base=base,
+                    dequantize=dequantize,
+                    threads=threads,
+                    say=say,
+                )
         except BaseException:
             print(
                 f"kitae: {written} is whole, but was not checked; the same command does that, and with --no_verify "
@@ -56,9 +68,35 @@ def compare(
     """Compare exports with what they were made of."""
     from kitae.export.verify import PROMPTS, verify
 
-    return verify(
-        reference, candidates, base=base, dequantize=dequantize, threads=threads, prompts=prompts or PROMPTS
-    )
+    with told() as say:
+        return verify(
+            reference,
+            candidates,
+            base=base,
+            dequantize=dequantize,
+            threads=threads,
+            prompts=prompts or PROMPTS,
+            say=say,
+        )
+
+
+@contextmanager
+def told(*, every_s: float = SECONDS_BETWEEN_LINES) -> Iterator[Callable[[str], None]]:
+    """What a comparison is at, every ten seconds on standard error: of a large model it takes many minutes."""
+    ended, began = threading.Event(), time.monotonic()
+    now = ["it begins"]
+
+    def tell() -> None:
+        while not ended.wait(every_s):
+            print(f"kitae: comparing for {time.monotonic() - began:.0f} s: {now[0]}", file=sys.stderr)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield lambda what: now.__setitem__(0, what)
+    finally:
+        ended.set()
+        teller.join()
 
 
 def require_passed(report: Mapping[str, Any]) -> None:

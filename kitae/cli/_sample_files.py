@@ -1,7 +1,7 @@
 """What kitae sample keeps beside its rows: the plan that its answers belong to, and the answers themselves.
 
 OUTPUT                 the rows
-OUTPUT.asked.jsonl     every answer (kitae.evaluate.sample.Asked)
+OUTPUT.asked.jsonl     every answer (kitae.evaluate.answers.Asked)
 OUTPUT.sampling.json   what was asked: the same plan goes on from there, another one is refused
 """
 
@@ -16,7 +16,7 @@ from kitae.cli._output import write_json
 from kitae.errors import ConfigError, RunDirError
 
 if TYPE_CHECKING:
-    from kitae.evaluate.sample import Asked
+    from kitae.evaluate.answers import Asked
 
 
 def description_of(output: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kitae.cli.sample import Settings
-    from kitae.evaluate.sample import Answer
+    from kitae.evaluate.answers import Answer
 
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LOOKS = 10.0, 0.5
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from kitae.plugins import did_you_mean, names_in
 from kitae.settings import read, resolve, settings_class, without_effect
 from kitae.settings.aliases import for_command
 from kitae.settings.fields import flat_names, sections_of, settings_of
+from kitae.settings.reader import read_toml
 
 COMMANDS: dict[str, type[Section]] = {"sample": sample.Settings, "evaluate": evaluate.Settings}
 """What a stage can run besides recipes."""
@@ -75,7 +75,8 @@ class Stage:
 
 def read_pipeline(path: Path, *, output_dir: str | None = None) -> tuple[Path, list[Stage]]:
     """The pipeline's folder and its stages; every mistake in any of them is an error with its place in the file."""
-    table, lines = _parse(path)
+    table, text = read_toml(path, what="pipeline")
+    lines = _Lines(path, text)
     _refuse_unknown(table, ("output_dir", "defaults", "stage"), lines.place_of)
     folder = Path(output_dir or table.get("output_dir") or f"runs/{path.stem}").expanduser()
     tables = table.get("stage", [])
@@ -152,18 +153,6 @@ class _Lines:
         return f"{self._path} line {found[name]}" if name in found else str(self._path)
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], _Lines]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"cannot read the pipeline file {path}: {why}") from error
-    try:
-        return tomllib.loads(text), _Lines(path, text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-
-
 def _stage(
     number: int,
     table: Mapping[str, Any],
@@ -176,25 +165,7 @@ def _stage(
     default_place: PlaceOf,
 ) -> tuple[Stage, set[str]]:
     """One stage, and which defaults it took."""
-    name, run = table.get("name"), table.get("run")
-    where = place_of("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f'stage {number} ({where}) needs a name of letters, digits, - and _, such as name = "sft"'
-        )
-    if name in [stage.name for stage in before]:
-        raise ConfigError(f"two stages are called {name!r} ({where}); give each a name of its own")
-    runs = [*names_in("kitae.recipes"), *COMMANDS]
-    if run not in runs:
-        raise ConfigError(
-            f"stage {name!r} has run = {run!r} ({place_of('run')}); {did_you_mean(str(run), runs)}"
-        )
-    nproc = table.get("nproc_per_node", 1)
-    if not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1 or (nproc > 1 and run in COMMANDS):
-        raise ConfigError(
-            f"stage {name!r} has nproc_per_node = {nproc!r} ({place_of('nproc_per_node')}); it is a number of processes, "
-            "1 or more, for recipes only"
-        )
+    name, run, nproc = _head(number, table, before=before, place_of=place_of)
     rest = {key: value for key, value in table.items() if key not in ("name", "run", "nproc_per_node")}
     root = root_of(run)
     given = dict(_flatten(rest, sections_of(root)))
@@ -229,6 +200,32 @@ def _stage(
         nproc_per_node=nproc,
     )
     return stage, set(taken)
+
+
+def _head(
+    number: int, table: Mapping[str, Any], *, before: Sequence[Stage], place_of: PlaceOf
+) -> tuple[str, str, int]:
+    """A stage's name, what it runs, and in how many processes."""
+    name, run = table.get("name"), table.get("run")
+    where = place_of("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f'stage {number} ({where}) needs a name of letters, digits, - and _, such as name = "sft"'
+        )
+    if name in [stage.name for stage in before]:
+        raise ConfigError(f"two stages are called {name!r} ({where}); give each a name of its own")
+    runs = [*names_in("kitae.recipes"), *COMMANDS]
+    if run not in runs:
+        raise ConfigError(
+            f"stage {name!r} has run = {run!r} ({place_of('run')}); {did_you_mean(str(run), runs)}"
+        )
+    nproc = table.get("nproc_per_node", 1)
+    if not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1 or (nproc > 1 and run in COMMANDS):
+        raise ConfigError(
+            f"stage {name!r} has nproc_per_node = {nproc!r} ({place_of('nproc_per_node')}); it is a number of processes, "
+            "1 or more, for recipes only"
+        )
+    return name, run, nproc
 
 
 def _outputs(run: str, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kitae.errors import ConfigError, StoppedError
 if TYPE_CHECKING:
     from kitae.cli.sample import Settings
     from kitae.data.sources import Dataset
-    from kitae.evaluate.sample import Asked
+    from kitae.evaluate.answers import Asked
     from kitae.recipes._rewards import Rewards
     from kitae.rewards.pool import RewardPool
     from kitae.rollout.http import HttpEngine
@@ -141,7 +141,8 @@ class Remote:
         self.identity = {**self.provenance, "system_prompt": self.system_prompt, "extra_body": use.extra_body}
 
     def _make_engine(self) -> HttpEngine:
-        from kitae.rollout.http import Endpoint, HttpEngine, is_loopback
+        from kitae.rollout.endpoint import Endpoint, is_loopback
+        from kitae.rollout.http import HttpEngine
 
         use = self._use
         endpoint = Endpoint(

@@ -46,6 +46,15 @@ ONLY = {
 }
 """Settings that not every verb has."""
 SECONDS_BETWEEN_LINES = 10.0
+_OVERVIEW = """usage: kitae export VERB MODEL ...    kitae export VERB --help
+
+  merge ADAPTER --output DIR       LoRA into its base: one model in BF16, or in FP8.
+  gguf MODEL [--type q4_k_m]       One file for llama.cpp, of a model or of an adapter on its base.
+  fp8-to-bf16 MODEL --output DIR   DeepSeek-V3's block-scaled FP8 as BF16.
+  bf16-to-fp8 MODEL --output DIR   And back.
+  verify MODEL EXPORT ...          Compare exports with what they were made of, as is done after every export.
+
+MODEL is a folder, a run directory, or a hub id."""
 
 
 class Settings(Section):
@@ -96,10 +105,7 @@ class Settings(Section):
 def main(argv: list[str]) -> int:
     """Export, and say what was written."""
     if not argv or (_help.is_asked(argv) and argv[0] not in VERBS):
-        print(
-            f"usage: kitae export {'|'.join(WRITING)} MODEL --output DIR    kitae export verify MODEL EXPORT ...    "
-            "kitae export merge --help"
-        )
+        print(_OVERVIEW)
         return 0
     verb = argv[0]
     _require_verb(verb)
@@ -129,7 +135,13 @@ def main(argv: list[str]) -> int:
 
 def parse(verb: str, given: Sequence[str] | Mapping[str, Any]) -> tuple[Settings, Notes]:
     """The settings of one verb; those of another one are refused."""
+    if not given:
+        raise ConfigError(f"nothing is named; kitae export {verb} --help says how")
     use, notes = read("export", Settings, given, positional=("model", "candidates"))
+    if use.output is not None and not Path(use.output).expanduser().name.strip("."):  # ".", ".." or "/"
+        raise ConfigError(
+            f"output is {use.output!r}, which names no new {'file' if verb == 'gguf' else 'folder'}; give it a name"
+        )
     for name, verbs in ONLY.items():
         if name in notes.origins and verb not in verbs:
             raise ConfigError(

@@ -70,7 +70,10 @@ def prompts_of(use: Settings) -> list[str]:
         require_unicode(prompt, what="a prompt")
     if use.prompts_file:
         prompts += read_prompts(use.prompts_file)
-    require(bool(prompts), "there is no prompt; write it after the model, or name a file with --prompts_file")
+    require(
+        bool(prompts),
+        "there is no prompt; write it after the model, or name a file with --prompts_file (- is standard input)",
+    )
     return prompts
 
 

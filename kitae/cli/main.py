@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    _write_any_text()
     try:
         return _dispatch(words)
     except KeyboardInterrupt:
@@ -75,6 +77,13 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"there is no command {name!r}; {did_you_mean(name, known)}")
     code: int = importlib.import_module(f"kitae.cli.{name}").main(words[1:])
     return code
+
+
+def _write_any_text() -> None:
+    """Where the terminal's encoding lacks a character that a model says, `?` stands for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _help() -> str:

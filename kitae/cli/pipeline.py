@@ -202,9 +202,8 @@ class Pipeline:
         with disk_errors(settings):
             settings.parent.mkdir(exist_ok=True)
             write_atomic(settings, settings_file(stage).encode())
-            if (
-                stage.run == "evaluate"
-            ):  # it cannot go on from half: whatever is there, it wrote before it was stopped
+            # It cannot go on from half: whatever is there, it wrote before it was stopped.
+            if stage.run == "evaluate":
                 stage.folder.mkdir(exist_ok=True)
                 for name in (RESULTS, RESULTS.replace(".jsonl", "-baseline.jsonl")):
                     (stage.folder / name).unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from kitae.plugins import did_you_mean
 from kitae.settings import read
 
 if TYPE_CHECKING:
-    from kitae.cli._lab import Case, Disagreement, Measured
+    from kitae.cli._cases import Case
+    from kitae.cli._lab import Disagreement, Measured
 
 VERBS = ("test",)
 BAR = 30
@@ -64,12 +65,12 @@ def main(argv: list[str]) -> int:
     use, notes = read("reward", Settings, as_flags(argv[1:]))
     warn_on_stderr(notes.warnings)
 
-    from kitae.cli import _lab
+    from kitae.cli import _cases, _lab
 
     twice = [name for i, name in enumerate(use.rewards) if name in use.rewards[:i]]
     if twice:
         raise ConfigError(f"{twice[0]} is named twice; name two different rewards to compare them")
-    cases = _lab.read_cases(use.data, columns=use.columns, max_rows=use.max_rows)
+    cases = _cases.read_cases(use.data, columns=use.columns, max_rows=use.max_rows)
     settings = RewardSettings(
         form=use.form, strict_form=use.strict_form, timeout_s=use.timeout_s, num_workers=use.num_workers
     )

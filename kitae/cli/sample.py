@@ -21,7 +21,7 @@ from kitae.settings import read
 
 if TYPE_CHECKING:
     from kitae.data.sources import Dataset
-    from kitae.evaluate.sample import Asked
+    from kitae.evaluate.answers import Asked
 
 LOCAL_ONLY = (
     "raw", "engine", "batch_size", "revision", "tokenizer", "dtype", "device", "quantization", "trust_remote_code",
@@ -133,7 +133,7 @@ def sample(use: Settings) -> dict[str, Any]:
     Data, settings and files are seen to before any weights are read or anything is asked.
     """
     from kitae.data.sources import open_dataset
-    from kitae.evaluate.sample import Asked
+    from kitae.evaluate.answers import Asked
 
     require_sense(use)
     output = Path(use.output).expanduser()
@@ -186,7 +186,8 @@ def _keep(
     use: Settings, dataset: Dataset, teacher: Local | Remote, asked: Asked, *, output: Path
 ) -> dict[str, Any]:
     """Write the rows; what became of all answers."""
-    from kitae.evaluate.sample import Filter, right_reward, select
+    from kitae.evaluate.rejection import Filter, select
+    from kitae.evaluate.sample import right_reward
 
     by = Filter(
         min_reward=right_reward(use.reward) if use.min_reward is None else use.min_reward,

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     use, notes = read("serve", Settings, argv, positional=("model",))
     warn_on_stderr(notes.warnings)
     adapters = _adapters(use)
-    name = use.served_model_name or Path(use.model.rstrip("/")).name.removesuffix(".gguf")
+    name = use.served_model_name or name_of(use.model)
     if use.engine in EXTERNAL:
         return _serve_external(use, name, adapters)
     require(
@@ -94,6 +94,12 @@ def main(argv: list[str]) -> int:
             not getattr(use, setting), f"--{setting} has no effect in a server: requests say it; leave it out"
         )
     return _serve(use, name, adapters)
+
+
+def name_of(model: str) -> str:
+    """The last part of a path, also of the folder that `.` or `..` is."""
+    name = Path(model.rstrip("/")).name
+    return (name if name.strip(".") else Path(model).resolve().name).removesuffix(".gguf")
 
 
 def _adapters(use: Settings) -> dict[str, Path]:

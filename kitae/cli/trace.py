@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kitae.data.chat import Template
     from kitae.data.formats import Example
     from kitae.train.learner import Learner
-    from kitae.types import Batch, Row
+    from kitae.types import Batch, Problem, Row
 
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 TRACED = ("sft", "grpo")
@@ -176,18 +176,34 @@ class _Trace:
         return Prepared(weighed, denominator, loss_fn, 1.0, cfg.train.per_device_train_batch_size)
 
     def _prepare_grpo(self, example: Example, template: Template, learner: Learner) -> Prepared:
-        """Sample and judge a group, as in the run's first round."""
+        """The rows of a group that is sampled and judged, as in the run's first round."""
         from kitae.algos import averaging
         from kitae.data.collate import collate
         from kitae.recipes import _variants as variants
-        from kitae.recipes._judging import Judge
         from kitae.recipes._losses import chosen_loss
         from kitae.recipes._reference import Reference
-        from kitae.recipes._rewards import open_rewards
-        from kitae.recipes._sampling import Sampler, rewards_of
-        from kitae.recipes.grpo import to_rows
-        from kitae.rollout.generic import GenericEngine
 
+        cfg, temperature = self._cfg, self._cfg.rollout.initial_temperature
+        problem = self._question(example, template)
+        rows = [self._judged_group(problem, template, learner)]
+        lay_out = partial(collate, rows_per_forward=cfg.rollout.rows_per_forward)
+        if cfg.grpo.kl_coef:
+            # Before the first step a full model is its own reference.
+            scorer = learner if learner.policy.peft is None else learner.without_adapter()
+            reference = Reference(scorer, collate=lay_out)
+            rows = reference.annotate(rows, temperature=temperature)
+        if cfg.grpo.is_cap:
+            own = variants.OwnLogprobs(learner, collate=lay_out, cap=cfg.grpo.is_cap)
+            rows, _ = own.annotate(rows, temperature=temperature)
+        weighed, denominator = averaging.weigh(
+            rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
+        )
+        loss_fn = chosen_loss(
+            cfg.loss, default=variants.loss_of(cfg.grpo), produces=variants.streams_of(cfg.grpo)
+        )
+        return Prepared(weighed, denominator, loss_fn, temperature, cfg.rollout.rows_per_forward)
+
+    def _question(self, example: Example, template: Template) -> Problem:
         cfg = self._cfg
         problem = template.problem(example, index=self._number, max_length=cfg.rollout.max_prompt_length)
         if problem is None:
@@ -199,6 +215,18 @@ class _Trace:
             "the question, rendered",
             f"{template.tokenizer.decode(problem.token_ids)}\nprefill: {problem.prefill!r}",
         )
+        return problem
+
+    def _judged_group(self, problem: Problem, template: Template, learner: Learner) -> list[Row]:
+        """A group's rows, with its advantages."""
+        from kitae.recipes import _variants as variants
+        from kitae.recipes._judging import Judge
+        from kitae.recipes._rewards import open_rewards
+        from kitae.recipes._sampling import Sampler, rewards_of
+        from kitae.recipes.grpo import to_rows
+        from kitae.rollout.generic import GenericEngine
+
+        cfg = self._cfg
         temperature, n = cfg.rollout.initial_temperature, cfg.rollout.num_generations
         engine = GenericEngine(
             learner.policy,
@@ -222,23 +250,7 @@ class _Trace:
         self._say(f"a group of {n} completions at temperature {temperature}, judged", "\n".join(lines))
         self._found["rewards"] = [score.value for score in scores[0]]
         self._found["advantages"] = advantages_PG[0].tolist()
-        rows = [to_rows(groups[0], scores[0], advantages_G=advantages_PG[0], rollout=cfg.rollout)]
-        lay_out = partial(collate, rows_per_forward=cfg.rollout.rows_per_forward)
-        if cfg.grpo.kl_coef:
-            # Before the first step a full model is its own reference.
-            scorer = learner if learner.policy.peft is None else learner.without_adapter()
-            reference = Reference(scorer, collate=lay_out)
-            rows = reference.annotate(rows, temperature=temperature)
-        if cfg.grpo.is_cap:
-            own = variants.OwnLogprobs(learner, collate=lay_out, cap=cfg.grpo.is_cap)
-            rows, _ = own.annotate(rows, temperature=temperature)
-        weighed, denominator = averaging.weigh(
-            rows[0], cfg.grpo.average, max_tokens=cfg.rollout.max_new_tokens
-        )
-        loss_fn = chosen_loss(
-            cfg.loss, default=variants.loss_of(cfg.grpo), produces=variants.streams_of(cfg.grpo)
-        )
-        return Prepared(weighed, denominator, loss_fn, temperature, cfg.rollout.rows_per_forward)
+        return to_rows(groups[0], scores[0], advantages_G=advantages_PG[0], rollout=cfg.rollout)
 
     def _show_rows(
         self, prepared: Prepared, batches: Sequence[Batch], template: Template, learner: Learner

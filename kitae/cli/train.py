@@ -61,8 +61,8 @@ def _fitted(settings: Any, notes: Notes) -> tuple[Any, Notes]:
 
 
 _AFTER = (
-    "A settings file holds the same names as tables. Flags of transformers, TRL and Colossal-AI are understood too: "
-    "docs/flags.md."
+    "A settings file holds the same names as tables. Flags and YAML files of transformers, TRL, "
+    "Colossal-AI and LLaMA-Factory are understood too: docs/flags.md."
 )
 
 

@@ -88,6 +88,8 @@ def _prompt(record: dict[str, Any]) -> list[Message] | None:
     for name in CONVERSATIONS:
         if name in record:
             return turns_of(record[name], name)
+    if isinstance(record.get("context"), list):  # Colossal-AI's name for the turns before the pair
+        return turns_of(record["context"], "context")
     if "instruction" in record:
         asked = {name: value for name, value in record.items() if name not in ("output", "system")}
         return instruction_turns(asked)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from array import array
 
-from kitae.errors import DataError
+from kitae.errors import PlanError
 
 
 class RecordStore:
@@ -43,8 +43,8 @@ class RecordStore:
         start = self._ends[index - 1] if index else 0
         return os.pread(self._file.fileno(), self._ends[index] - start, start)
 
-    def _full(self, error: OSError) -> DataError:
-        return DataError(
+    def _full(self, error: OSError) -> PlanError:
+        return PlanError(
             f"cannot keep the prepared rows in {tempfile.gettempdir()}: {error.strerror}; free space there "
             "or point TMPDIR to a larger disk"
         )

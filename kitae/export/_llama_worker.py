@@ -69,9 +69,8 @@ class _Server:
     def likeliest(self, ids: list[int], *, count: int) -> list[dict[str, Any]]:
         """The likeliest next tokens, each an `id` with its `logprob` as the model gives it, whatever is said then."""
         said = self.complete(ids, tokens=1, n_probs=count)
-        if (
-            "completion_probabilities" not in said
-        ):  # nothing is told of a token that is but part of a character
+        # Nothing is told of a token that is but part of a character.
+        if "completion_probabilities" not in said:
             letter = self.ask("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
             said = self.complete(ids, tokens=1, n_probs=count, logit_bias=[[letter, FORCED_BIAS]])
         found: list[dict[str, Any]] = said["completion_probabilities"][0]["top_logprobs"]

@@ -170,7 +170,6 @@ def llama3_factors(config: Mapping[str, Any]) -> Tensor | None:
     frequency = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
     factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     waves = float(rope["original_max_position_embeddings"]) * frequency / (2 * math.pi)
-    smooth = ((waves - low) / (high - low)).clamp(
-        0, 1
-    )  # how far between the two, in waves within that length
+    # How far between the two, in waves within that length.
+    smooth = ((waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float()

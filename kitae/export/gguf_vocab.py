@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from kitae.config import DataSettings
-from kitae.data.chat import Template
+from kitae.data.chat import THINKING_ON, Template
+from kitae.data.sandbox import FIXED_DATE
 from kitae.errors import ModelError
 from kitae.export.pretokenizers import EXPRESSIONS, find_pretokenizer
 
@@ -20,9 +22,12 @@ log = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Token types."""
-SPACE = "\u2581"
 NEVER = "<|no|> <|merge|>"
 """A merge of two texts that no token splits into: the format wants at least one."""
+SET_BY_LLAMA_CPP = ("enable_thinking", "thinking")
+"""Switches of chat.THINKING_ON that llama.cpp passes to templates by itself."""
+DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""Where a template writes today's date."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,15 +159,27 @@ def load_template(tokenizer: Any) -> Template | None:
 
 
 def template_text(template: Template) -> str:
-    """The chat template; a system prompt that the model was trained with is put in where a conversation has none."""
-    if template.system_prompt is None:
-        return template.text
-    literal = json.dumps(template.system_prompt, ensure_ascii=False)  # llama.cpp reads no \u escapes
-    turn = "{'role': 'system', 'content': " + literal + "}"
-    return (
-        "{%- if messages[0]['role'] != 'system' %}{%- set messages = [" + turn + "] + messages %}{%- endif %}"
-        + template.text
-    )  # fmt: skip
+    """The chat template, so that llama.cpp renders as kitae does.
+
+    A system prompt that the model was trained with is put in where a conversation has none; today's date is that of
+    training; and a switch for thinking that llama.cpp does not know is on unless a program sets it.
+    """
+    head = "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = true %}}{{%- endif %}}"
+        for name in THINKING_ON
+        if name not in SET_BY_LLAMA_CPP and re.search(rf"\b{name}\b", template.text)
+    )
+    if "date_string" in template.text:  # Llama 3's, to which llama.cpp gives today's date
+        head += f"{{%- set date_string = '{FIXED_DATE:%d %b %Y}' %}}"
+    if template.system_prompt is not None:
+        literal = json.dumps(template.system_prompt, ensure_ascii=False)  # llama.cpp reads no \u escapes
+        turn = "{'role': 'system', 'content': " + literal + "}"
+        head += (
+            "{%- if messages[0]['role'] != 'system' %}{%- set messages = ["
+            + turn
+            + "] + messages %}{%- endif %}"
+        )
+    return head + DATE.sub(lambda call: json.dumps(FIXED_DATE.strftime(call[2])), template.text)
 
 
 def tokenizer_metadata(

@@ -8,7 +8,7 @@ Where a model cannot be run here, its tensors are compared all the same, and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,11 @@ def verify(
     dequantize: bool = False,
     prompts: Sequence[str] = PROMPTS,
     threads: int = 0,
+    say: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Compare exports with the model or adapter they were made of; `passed` of the report says whether all are fit.
 
-    `names` is what they are called, where that is not what their files are called.
+    `names` is what they are called, where that is not what their files are called; `say` is told what is done next.
     """
     source = open_source(reference, base=base, dequantize=dequantize)
     folder = source.adapter or source.weights.folder
@@ -114,7 +115,10 @@ def verify(
     if all(alone):
         asked = _Asked(why="adapters alone are compared by their tensors")
     else:
+        say(f"{folder} answers {len(prompts)} prompts")
         asked = _ask_reference(source, folder, prompts)
+    if source.adapter is not None and asked.exam is not None:
+        say(f"{source.weights.folder} without the adapter answers them")
     rows = _rows_of_reference(source, asked)
     for path, name, is_alone in zip(paths, names or [path.name for path in paths], alone, strict=True):
         row = Checked(name=name, kind="", how=TENSORS)
@@ -122,7 +126,7 @@ def verify(
             if is_alone:
                 _check_adapter(row, path, source)
             else:
-                _check(row, path, source, asked, threads=threads)
+                _check(row, path, source, asked, threads=threads, say=say)
         except (PlanError, MissingExtraError):  # this machine cannot run it, which is no fault of the export
             raise
         except KitaeError as error:
@@ -230,10 +234,13 @@ def _check_adapter(row: Checked, path: Path, source: Source) -> None:
     row.not_checked.append("what it says on its base in llama.cpp")
 
 
-def _check(row: Checked, path: Path, source: Source, asked: _Asked, *, threads: int) -> None:
+def _check(
+    row: Checked, path: Path, source: Source, asked: _Asked, *, threads: int, say: Callable[[str], None]
+) -> None:
     """A model: its tensors, its metadata, and what it says."""
     opened = open_gguf(path) if path.is_file() else None
     row.kind = _kind_of_gguf(opened) if opened is not None else _kind_of_weights(open_weights(path))
+    say(f"the tensors of {row.name} are compared")
     row.tensors = check_tensors(source, path)
     row.failures += row.tensors.failures
     if opened is not None:
@@ -241,6 +248,7 @@ def _check(row: Checked, path: Path, source: Source, asked: _Asked, *, threads: 
     else:
         row.failures += end_differences(path, source)
     if asked.exam is not None and asked.said is not None:
+        say(f"{row.name} answers the same prompts")
         answers = _ask(path, opened, source, asked.exam, asked.said, threads=threads)
         _judge(row, asked.said, answers)
         if opened is not None and not has_llama_cpp():
@@ -250,6 +258,7 @@ def _check(row: Checked, path: Path, source: Source, asked: _Asked, *, threads: 
     if opened is None:
         row.not_checked.append("stop ids, template and token ids")
     elif asked.questions and has_llama_cpp():
+        say(f"llama.cpp reads {row.name}")
         found = answers_alone(path, asked.questions, stop_ids=asked.stop_ids, threads=threads)
         row.how, row.stops = "llama.cpp, alone", found.stop_ids
         row.failures += found.failures

@@ -25,6 +25,7 @@ from torch import Tensor
 from kitae import backends
 from kitae.errors import ModelError, PlanError
 from kitae.export.verify_answers import Answers, Exam, Question
+from kitae.export.verify_metadata import apart, short
 
 RETURNED = 4096
 """Tokens that llama.cpp is asked for at each position."""
@@ -119,16 +120,22 @@ def _differences(said: dict[str, Any], questions: Sequence[Question]) -> list[st
     """
     plain, asked = [q for q in questions if not q.messages], [q for q in questions if q.messages]
     unlike = sum(ids != q.ids for ids, q in zip(said["tokens"], plain, strict=True))
-    unlike_rendered = 0
+    unlike_rendered: list[tuple[str, str]] = []
     for text, ids, q in zip(said["rendered"], said["rendered_tokens"], asked, strict=True):
         if ids != q.ids:
-            is_text = q.text.endswith(text)
-            unlike, unlike_rendered = unlike + is_text, unlike_rendered + (not is_text)
+            if q.text.endswith(text):
+                unlike += 1
+            else:
+                unlike_rendered.append((text, q.text))
     found = []
     if unlike:
         found.append(f"{unlike} of {len(questions)} prompts become other token ids in llama.cpp")
     if unlike_rendered:
-        found.append(f"{unlike_rendered} of {len(asked)} conversations are rendered otherwise by llama.cpp")
+        is_, wanted = apart(*unlike_rendered[0])
+        found.append(
+            f"{len(unlike_rendered)} of {len(asked)} conversations are rendered otherwise by llama.cpp: "
+            f"{short(is_)}, not {short(wanted)}"
+        )
     return found
 
 

@@ -57,8 +57,8 @@ def metadata_differences(opened: Opened, source: Source) -> list[str]:
         if key not in opened.metadata:
             found.append(f"{key} is missing")
         elif not _is_same(value.value, opened.metadata[key]):
-            is_, wanted = _apart(opened.metadata[key], value.value)
-            found.append(f"{key} is {_short(is_)}, not {_short(wanted)}")
+            is_, wanted = apart(opened.metadata[key], value.value)
+            found.append(f"{key} is {short(is_)}, not {short(wanted)}")
     if is_byte_level:
         found += _pretokenizer_differences(pre, tokenizer.backend_tokenizer)
     return found
@@ -72,7 +72,7 @@ def _pretokenizer_differences(pre: Any, core: Any) -> list[str]:
         return []
     if pre == known or pre not in EXPRESSIONS or not (unlike := unlike_probes(core, pre)):
         return []
-    return [f"tokenizer.ggml.pre is {pre}, which cuts {_short(unlike[0])} otherwise than {known}"]
+    return [f"tokenizer.ggml.pre is {pre}, which cuts {short(unlike[0])} otherwise than {known}"]
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -83,7 +83,7 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _apart(a: Any, b: Any) -> tuple[Any, Any]:
+def apart(a: Any, b: Any) -> tuple[Any, Any]:
     """Two values that differ; of long texts, such as templates, only what comes from the first difference on."""
     if not (isinstance(a, str) and isinstance(b, str)) or max(len(a), len(b)) <= SHOWN:
         return a, b
@@ -91,6 +91,6 @@ def _apart(a: Any, b: Any) -> tuple[Any, Any]:
     return (f"...{a[same:]}", f"...{b[same:]}") if same else (a, b)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -216,9 +216,8 @@ def _plan(packing: Packing, device: torch.device) -> Plan:
 
 def cut(segments: Sequence[Segment], *, prefix_length: int = 0) -> list[list[Segment]]:
     """Cut segments, longest first, into the buckets of least cost: attended area plus CALL_COST per call."""
-    best: list[tuple[float, int]] = [
-        (0.0, 0)
-    ]  # of the first j segments: least cost, where the last bucket starts
+    # Of the first j segments: least cost, where the last bucket starts.
+    best: list[tuple[float, int]] = [(0.0, 0)]
     for j in range(1, len(segments) + 1):
         choices = []
         for i in range(max(0, j - MAX_ROWS), j):

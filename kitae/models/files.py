@@ -45,7 +45,13 @@ def find_model(name_or_path: str, *, revision: str | None = None, with_code: boo
             raise ModelError(
                 f"{folder}/adapter_config.json names no base_model_name_or_path; write the base in there"
             )
-        found = find_model(str(base), with_code=with_code)
+        try:
+            found = find_model(str(base), with_code=with_code)
+        except ModelError as error:
+            raise ModelError(
+                f"the base of {folder}: {error} (set: base_model_name_or_path in {folder}/adapter_config.json; a relative "
+                "path counts from the present folder)"
+            ) from error
         if found.adapter is not None:
             raise ModelError(f"{folder} is an adapter on {base}, an adapter itself; merge that one first")
         return ModelFiles(folder=found.folder, name=found.name, adapter=folder)

@@ -129,9 +129,8 @@ class _Chunked(torch.autograd.Function):
             targets_C1 = padded(task.targets_N, start, stop, task.rows)[:, None]
             largest_C1 = logits_CV.amax(-1, keepdim=True)
             target_C1 = logits_CV.sub_(largest_C1).gather(1, targets_C1)
-            exp_CV = (
-                logits_CV.exp() if task.with_entropy else logits_CV.exp_()
-            )  # once: it is a third of the head's work
+            # Once: it is a third of the head's work.
+            exp_CV = logits_CV.exp() if task.with_entropy else logits_CV.exp_()
             sum_C1 = exp_CV.sum(-1, keepdim=True)
             logprobs_N[start:stop] = (target_C1 - sum_C1.log())[: stop - start, 0]
             lse_N[start:stop] = (largest_C1 + sum_C1.log())[: stop - start, 0]

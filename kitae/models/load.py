@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 
 from kitae import backends
-from kitae.config import LoraSettings, ModelSettings
+from kitae.config import LoraSettings, ModelSettings, SeamSettings
 from kitae.errors import ConfigError, ModelError
 from kitae.models import checkpointing, estimate, files, placement, quant, score, seams, torch_compile
 from kitae.models import lora as adapters
 from kitae.models.bars import bars_for
-from kitae.models.families import find_family
+from kitae.models.families import Family, find_family
 from kitae.models.policy import Policy
 from kitae.plugins import did_you_mean
 
@@ -113,32 +113,17 @@ def load_as(
     _check_adapter(found, (lora or LoraSettings()) if trainable else None)
     config = _load_config(found.folder, kind=kind, trust_remote_code=model.trust_remote_code)
     stored = _stored_quantization(config)
-    if model.quantization == "nf4" and trainable and not rank:
-        raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
-    if stored == "fp8" and model.quantization == "nf4":
-        raise ConfigError(
-            f"model.quantization is nf4, but the weights of {model.name_or_path} are stored in FP8 and load as bfloat16; "
-            "set it to none, or save them once as bfloat16"
-        )
-    if stored == "fp8" and model.trust_remote_code:
-        raise ConfigError(
-            "FP8 weights load into transformers' own classes only; set model.trust_remote_code to false"
-        )
-    if stored == "bitsandbytes" and trainable and not rank:
-        raise ConfigError(
-            f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16"
-        )
+    _check_stored(stored, model, trains_all=trainable and not rank)
     weights = files.weight_files(found.folder)
     score.check(found.folder, weights, config, is_wanted=kind.gives_scores)
 
     device = backends.pick_device(model.device)
     backends.of(device).prepare()
     dtype = _choose_dtype(model, device)
-    targets = lora.target_modules if lora is not None else "all-linear"
     plan = estimate.Plan(
         dtype=dtype,
         lora_rank=rank,
-        target_modules=targets,
+        target_modules=lora.target_modules if lora is not None else "all-linear",
         nf4=model.quantization == "nf4" or stored == "bitsandbytes",
         trainable=trainable,
         optimizer=optimizer,
@@ -150,20 +135,7 @@ def load_as(
     places: Mapping[str, torch.device] = {"": device}
     if not model.trust_remote_code:
         meta = estimate.build_on_meta(config, scores=kind.gives_scores)
-        free, total = backends.of(device).memory(device)
-        if device.type == "cpu":  # ranks of one machine share it
-            free, total = free // ranks, total // ranks
-        if may_spread and not trainable and ":" not in model.device:
-            places = placement.spread(meta, plan, device=device, name=model.name_or_path) or places
-        if len(places) > 1:
-            memory = [backends.of(d).memory(d) for d in sorted(set(places.values()), key=str)]
-            free, total = (sum(sizes) for sizes in zip(*memory, strict=True))
-        need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
-        log.info(
-            "memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30
-        )
-        if find_family(config.model_type).is_tested:
-            room = free - need.total_bytes - int(estimate.RESERVE * total)
+        places, room = _places_and_room(meta, plan, model, device=device, may_spread=may_spread)
     way: checkpointing.Way = "keep"
     if trainable:
         way = checkpointing.choose(
@@ -176,14 +148,7 @@ def load_as(
     if kind.gives_scores:
         score.prepare(causal_lm, weights)
     family = find_family(causal_lm.config.model_type)
-    wanted = model.seams.model_copy(update={"kernels": model.seams.kernels and not model.torch_compile})
-    used = seams.install(causal_lm, wanted, family)
-    uses_flex = False
-    if trainable and used.attention and wanted.flex and backends.of(device).supports("flex_attention")[0]:
-        from kitae.models import flex  # imports torch's compiler
-
-        uses_flex = flex.install(causal_lm, device=device, dtype=dtype)
-    used = used.model_copy(update={"flex": uses_flex})
+    used = _install_seams(causal_lm, model, family, device=device, dtype=dtype, trainable=trainable)
     peft: Any = None
     reference: str | None = None
     if found.adapter is not None:
@@ -209,6 +174,67 @@ def load_as(
     if model.torch_compile:
         torch_compile.compile_layers(policy.layers, device=device)
     return policy.train(trainable)
+
+
+def _places_and_room(
+    meta: Any, plan: estimate.Plan, model: ModelSettings, *, device: torch.device, may_spread: bool
+) -> tuple[Mapping[str, torch.device], int | None]:
+    """Where each module goes, and the bytes left for activations (None: the estimate was not tested for its family).
+
+    PlanError where the model does not fit.
+    """
+    places: Mapping[str, torch.device] = {"": device}
+    free, total = backends.of(device).memory(device)
+    if device.type == "cpu":  # ranks of one machine share it
+        free, total = free // plan.ranks, total // plan.ranks
+    if may_spread and not plan.trainable and ":" not in model.device:
+        places = placement.spread(meta, plan, device=device, name=model.name_or_path) or places
+    if len(places) > 1:
+        memory = [backends.of(d).memory(d) for d in sorted(set(places.values()), key=str)]
+        free, total = (sum(sizes) for sizes in zip(*memory, strict=True))
+    need = estimate.require_fit(meta, plan, name=model.name_or_path, free=free, total=total)
+    log.info("memory: %.2f GiB needed, activations aside; %.2f free", need.total_bytes / 2**30, free / 2**30)
+    is_tested = find_family(meta.config.model_type).is_tested
+    return places, free - need.total_bytes - int(estimate.RESERVE * total) if is_tested else None
+
+
+def _install_seams(
+    causal_lm: Any,
+    model: ModelSettings,
+    family: Family,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trainable: bool,
+) -> SeamSettings:
+    """Put the seams in, and say which ones hold."""
+    wanted = model.seams.model_copy(update={"kernels": model.seams.kernels and not model.torch_compile})
+    used = seams.install(causal_lm, wanted, family)
+    uses_flex = False
+    if trainable and used.attention and wanted.flex and backends.of(device).supports("flex_attention")[0]:
+        from kitae.models import flex  # imports torch's compiler
+
+        uses_flex = flex.install(causal_lm, device=device, dtype=dtype)
+    return used.model_copy(update={"flex": uses_flex})
+
+
+def _check_stored(stored: str | None, model: ModelSettings, *, trains_all: bool) -> None:
+    """Refuse what weights in fewer bits cannot do; `trains_all`: the weights themselves are to train."""
+    if model.quantization == "nf4" and trains_all:
+        raise ConfigError("model.quantization nf4 freezes the weights; set lora.rank, for example to 16")
+    if stored == "fp8" and model.quantization == "nf4":
+        raise ConfigError(
+            f"model.quantization is nf4, but the weights of {model.name_or_path} are stored in FP8 and load as bfloat16; "
+            "set it to none, or save them once as bfloat16"
+        )
+    if stored == "fp8" and model.trust_remote_code:
+        raise ConfigError(
+            "FP8 weights load into transformers' own classes only; set model.trust_remote_code to false"
+        )
+    if stored == "bitsandbytes" and trains_all:
+        raise ConfigError(
+            f"{model.name_or_path} is stored in 4 bits, which cannot train; set lora.rank, such as 16"
+        )
 
 
 def _check_adapter(found: files.ModelFiles, wanted: LoraSettings | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitae.compiler import BuildError, Source, load_library
+from kitae.compiler import BuildError, Source, load_library, status_of
 from kitae.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, types in ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype, function.errcheck = types, c_int64, status_of
     return loaded
 
 
@@ -89,9 +89,17 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
-    """Call a kernel on tensors and numbers; they are alive until it returns."""
+    """Call a kernel on tensors without gaps and numbers, which are alive until it returns.
+
+    MemoryError where it finds none to work in.
+    """
     kernel = getattr(library(), name)
-    kernel(KINDS[like.dtype], *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    kernel(KINDS[like.dtype], *(_pointer(x) if isinstance(x, Tensor) else x for x in arguments))
+
+
+def _pointer(x: Tensor) -> int:
+    assert x.is_contiguous(), (x.shape, x.stride())  # the kernel would write beyond its memory
+    return x.data_ptr()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -222,7 +230,8 @@ class _Attend(torch.autograd.Function):
         q, k, v = (_whole_heads(x) for x in (q_TQD, k_TKD, v_TKD))
         out, lse = q.new_empty(*q.shape[:2], v.shape[2]), torch.empty(q.shape[:2])
         shapes = ctypes.byref(_Attended.of(q, k, v, out, scaling))
-        _call("kitae_attend", q, q, k, v, shapes, segments, len(segments), out, lse)
+        heads = (x.data_ptr() for x in (q, k, v))
+        _call("kitae_attend", q, *heads, shapes, segments, len(segments), out, lse)
         out[padding[0] : padding[1]] = 0.0
         ctx.save_for_backward(q, k, v, out, lse, segments, groups)
         ctx.scaling, ctx.padding = scaling, padding
@@ -234,21 +243,9 @@ class _Attend(torch.autograd.Function):
         dout = _whole_heads(dout)
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         shapes = ctypes.byref(_Attended.of(q, k, v, dout, ctx.scaling))
-        _call(
-            "kitae_attend_backward",
-            q,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dout,
-            shapes,
-            segments,
-            groups,
-            len(groups) - 1,
-            *grads,
-        )
+        heads = (x.data_ptr() for x in (q, k, v))
+        given = (*heads, out, lse, dout.data_ptr(), shapes, segments, groups, len(groups) - 1)
+        _call("kitae_attend_backward", q, *given, *grads)
         for grad in grads:
             grad[ctx.padding[0] : ctx.padding[1]] = 0.0
         return *grads, None, None, None, None
@@ -317,6 +314,8 @@ def adamw_(
     The gradient counts `scale` times and is cleared. decay is 1 - rate x weight decay, step_size the rate over
     1 - beta1^t, root_correction the root of 1 - beta2^t.
     """
+    sizes = [x.numel() for x in (master, grad, mean, square)]
+    assert sizes == [master.numel()] * 4, sizes
     how = _AdamW(scale, decay, *betas, step_size, root_correction, epsilon)
     pointers = (master, grad, mean, square, weight, master.numel(), ctypes.byref(how))
     _call("kitae_adamw", master if weight is None else weight, *pointers)

@@ -63,16 +63,9 @@ def open_engine(
     """
     own_names = setting.removesuffix("engine")
     is_int8 = quantization == "int8"
-    if is_int8 and wanted in ("generic", "paged"):
-        raise ConfigError(
-            f"{own_names}quantization is int8 and {setting} {wanted}, but only the native engine has 8-bit weights; set one "
-            "of them otherwise"
-        )
-    if kv_cache_tokens is not None and wanted == "generic":
-        raise ConfigError(
-            f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but that engine does not count "
-            "tokens; leave one of them out"
-        )
+    _check_together(
+        wanted, setting=setting, own_names=own_names, is_int8=is_int8, kv_cache_tokens=kv_cache_tokens
+    )
     own: Callable[[], Policy] = load_copy or (lambda: policy)
     how: dict[str, Any] = {"stop_ids": stop_ids, "decode": decode, "max_rows": max_rows}
     budget: dict[str, Any] = {"kv_cache_tokens": kv_cache_tokens, "kv_setting": f"{own_names}kv_cache_tokens"}
@@ -118,6 +111,22 @@ def open_engine(
             max_rows,
         )
     return Chosen(GenericEngine(own(), **how), "generic")
+
+
+def _check_together(
+    wanted: str, *, setting: str, own_names: str, is_int8: bool, kv_cache_tokens: int | None
+) -> None:
+    """Refuse settings that the wanted engine does not have."""
+    if is_int8 and wanted in ("generic", "paged"):
+        raise ConfigError(
+            f"{own_names}quantization is int8 and {setting} {wanted}, but only the native engine has 8-bit weights; set one "
+            "of them otherwise"
+        )
+    if kv_cache_tokens is not None and wanted == "generic":
+        raise ConfigError(
+            f"{own_names}kv_cache_tokens is {kv_cache_tokens:,} and {setting} generic, but that engine does not count "
+            "tokens; leave one of them out"
+        )
 
 
 def _native_kernels(

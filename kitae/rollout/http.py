@@ -9,9 +9,7 @@ and taught, not reinforced. What may pass by itself (busy, broken off, too slow,
 
 from __future__ import annotations
 
-import email.utils
 import http.client
-import ipaddress
 import json
 import logging
 import queue
@@ -20,16 +18,16 @@ import ssl
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from kitae.config import SamplingSettings
 from kitae.errors import ConfigError, EndpointError
 from kitae.rollout.base import OnRollout, OnTokens, request_seed
-from kitae.types import FinishReason, Problem, Rollout
+from kitae.rollout.endpoint import Endpoint, chat_url, is_loopback, usable_key
+from kitae.rollout.reply import Passing, Reply, message_of, parse, read_body, retry_after
+from kitae.types import Problem, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -41,56 +39,14 @@ NOT_RETRIED = (501, 505)
 """Server errors that will be the same next time; the others, 408 and 429 may pass."""
 LONGEST_BACKOFF_S = 60.0
 SECONDS_BETWEEN_WARNINGS = 30.0
-MAX_REPLY_BYTES = 64 * 2**20
 SHOWN = 300
 """Characters of a server's own message that are shown."""
 NOT_PLAIN = ("top_k", "min_p", "repetition_penalty")
 """Sampling settings that OpenAI's own service does not know; sent only where they differ from their defaults."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a model is asked, and how patiently."""
-
-    base_url: str
-    """As clients of OpenAI's have it, such as http://localhost:8000/v1."""
-    model: str
-    """The model's name there."""
-    api_key: str | None = None
-    """Sent as a bearer token; never written anywhere, and masked in what the server says."""
-    timeout_s: float = 600.0
-    """Limit for one whole answer."""
-    max_attempts: int = 6
-    """How often one request is tried."""
-    retry_wait_s: float = 1.0
-    """Wait after the first failed attempt; it doubles each time, up to a minute, give or take a half."""
-    longest_wait_s: float = 300.0
-    """A server that asks (Retry-After) to be left alone for longer ends the run."""
-    extra_body: Mapping[str, Any] | None = None
-    """More fields of each request, over ours; null leaves one of ours out. JSON values of every shape."""
-
-    def __repr__(self) -> str:
-        return f"Endpoint({self.model} at {self.base_url})"
-
-
-class Reply(NamedTuple):
-    """What the endpoint answered to one request."""
-
-    text: str
-    finish_reason: FinishReason
-    num_tokens: int | None
-
-
 class RequestRefused(EndpointError):
     """A request the server does not take, such as one that is too long for its model; others may fare better."""
-
-
-class _Passing(Exception):
-    """A failure that may pass by itself."""
-
-    def __init__(self, reason: str, *, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
 
 
 class _GivenUp(Exception):
@@ -124,7 +80,7 @@ class HttpEngine:
             "User-Agent": "kitae",
         }
         if endpoint.api_key is not None:
-            self._headers["Authorization"] = f"Bearer {_usable_key(endpoint.api_key)}"
+            self._headers["Authorization"] = f"Bearer {usable_key(endpoint.api_key)}"
         self._jitter = random.Random()
         self._here = _Here()
         self._silent_until = 0.0
@@ -245,7 +201,7 @@ class HttpEngine:
             self._sleep_until(self._not_before)
             try:
                 return self._once(body, which=which)
-            except _Passing as failure:
+            except Passing as failure:
                 reason, asked_s = self._clean(str(failure)), failure.wait_s
             if asked_s is not None and asked_s > self.endpoint.longest_wait_s:
                 raise EndpointError(f"{self.url} asks to be left alone for {asked_s:.0f} s ({reason})")
@@ -276,28 +232,28 @@ class HttpEngine:
         deadline = time.monotonic() + self.endpoint.timeout_s
         try:
             with self._opener.open(request, timeout=self.endpoint.timeout_s) as response:
-                return parse(_read(response, deadline))
+                return parse(read_body(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error, which=which) from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise EndpointError(f"{self.url}: {self._clean(str(error.reason))}") from None
-            raise _Passing(f"cannot be reached: {error.reason}") from None
+            raise Passing(f"cannot be reached: {error.reason}") from None
         except TimeoutError:
-            raise _Passing(f"no whole answer within timeout_s = {self.endpoint.timeout_s:g}") from None
+            raise Passing(f"no whole answer within timeout_s = {self.endpoint.timeout_s:g}") from None
         except (http.client.HTTPException, OSError) as error:
-            raise _Passing(f"the connection broke: {type(error).__name__} {error}") from None
+            raise Passing(f"the connection broke: {type(error).__name__} {error}") from None
 
     def _refused(self, error: urllib.error.HTTPError, *, which: str) -> Exception:
         """The error an HTTP status stands for."""
         try:
-            said = _message_of(error.read(65536))
+            said = message_of(error.read(65536))
         except (http.client.HTTPException, OSError):
             said = ""
         reason = f"HTTP {error.code} {error.reason}" + (f": {said}" if said else "")
         if error.code in (408, 429) or (error.code >= 500 and error.code not in NOT_RETRIED):
-            return _Passing(reason, wait_s=_retry_after(error.headers.get("Retry-After")))
+            return Passing(reason, wait_s=retry_after(error.headers.get("Retry-After")))
         remedy = {
             401: "check the key (api_key_env)",
             403: "check the key (api_key_env) and what it may use",
@@ -321,127 +277,3 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any, **__: Any) -> None:  # urllib's signature, whatever it hands over
         return None
-
-
-def chat_url(base_url: str) -> str:
-    """The address requests go to."""
-    try:
-        parts = urllib.parse.urlsplit(base_url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_usable = False
-    if not is_usable or any(c.isspace() for c in base_url):
-        raise ConfigError(
-            f"base_url is {base_url!r}; it starts with http:// or https://, such as http://localhost:8000/v1"
-        )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError("base_url holds a name or password; name the variable of the key with api_key_env")
-    if parts.query or parts.fragment:
-        raise ConfigError(f"base_url is {base_url!r}; leave out what comes after ? or #")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, f"{path}/chat/completions", "", ""))
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is this machine's own."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def parse(content: bytes) -> Reply:
-    """The reply in a response's body; _Passing where it is none."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise _Passing(f"the answer is no JSON: {content[:80].decode(errors='replace')!r}") from None
-    if isinstance(value, dict) and value.get("error") and not value.get("choices"):
-        raise _Passing(f"the answer is an error: {_message_of(content)}")
-    try:
-        [choice, *_] = value["choices"]
-        message = choice["message"]
-        text = as_text(message.get("content"), message.get("reasoning_content") or message.get("reasoning"))
-        reason = choice.get("finish_reason")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _Passing(
-            f"the answer is no chat completion: {content[:80].decode(errors='replace')!r}"
-        ) from None
-    usage = value.get("usage")
-    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return Reply(
-        text=text,
-        # content_filter cuts an answer as the limit does: it did not end by itself.
-        finish_reason="length" if reason in ("length", "content_filter") else "stop",
-        num_tokens=counted if isinstance(counted, int) and counted >= 0 else None,
-    )
-
-
-def as_text(content: Any, reasoning: Any = None) -> str:
-    """Content and separate reasoning (JSON values) as the one text that rewards read.
-
-    Example: "4" with reasoning "2+2" -> "<think>\\n2+2\\n</think>\\n\\n4". A server whose template prefills the opening
-    tag sends a closing one alone; the opening one is put back.
-    """
-    if isinstance(content, list):
-        thoughts = [part.get("thinking") for part in content if part.get("type") == "thinking"]
-        texts = [piece["text"] for t in thoughts for piece in (t if isinstance(t, list) else [{"text": t}])]
-        reasoning = reasoning or "".join(texts)
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    if content is not None and not isinstance(content, str):
-        raise TypeError(content)
-    text = content or ""
-    if isinstance(reasoning, str) and reasoning.strip():
-        return f"<think>\n{reasoning.strip()}\n</think>\n\n{text.lstrip()}"
-    before, closing, _ = text.partition("</think>")
-    return f"<think>\n{text.lstrip()}" if closing and "<think>" not in before else text
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body, before a deadline and within reason."""
-    parts: list[bytes] = []
-    size = 0
-    while part := response.read1(1 << 16):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > MAX_REPLY_BYTES:
-            raise _Passing(f"the answer is larger than {MAX_REPLY_BYTES >> 20} MiB")
-    return b"".join(parts)
-
-
-def _message_of(content: bytes) -> str:
-    """What the server says is wrong: OpenAI's error.message, its like of other servers, or the text itself."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return content[:1000].decode(errors="replace")
-    for key in ("error", "message", "detail"):
-        if isinstance(value, dict) and value.get(key):
-            value = value[key]
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _retry_after(text: str | None) -> float | None:
-    """Seconds a server asks to wait: a number, or a date (RFC 9110, section 10.2.3)."""
-    if text is None:
-        return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if seconds < float("inf") else None
-
-
-def _usable_key(key: str) -> str:
-    key = key.strip()
-    if not key.isascii() or not key.isprintable() or not key:
-        raise ConfigError(
-            "the API key is empty or has characters that no key has; check its variable (api_key_env)"
-        )
-    return key

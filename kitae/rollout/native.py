@@ -11,12 +11,13 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kitae.errors import PlanError
 from kitae.models.policy import Policy
 from kitae.rollout import structs
 from kitae.rollout.base import Request, draw_tokens
@@ -98,11 +99,13 @@ class NativeEngine:
         budget = Budget(pages, most=most, reason=reason)
         rows = NativeRows(
             self._model,
+            store,
             pages,
             budget,
             kernels=self._kernels,
             max_rows=max_rows,
             stop_ids=self.stop_ids,
+            kv_setting=self._kv_setting,
         )
         scheduler = Scheduler(max_rows=max_rows, room=budget.admit)
         return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
@@ -121,16 +124,20 @@ class NativeRows(PageRows):
     def __init__(
         self,
         model: PackedModel,
+        store: HostPages,
         pages: Pages,
         budget: Budget,
         *,
         kernels: ctypes.CDLL,
         max_rows: int,
         stop_ids: frozenset[int],
+        kv_setting: str,
     ) -> None:
         super().__init__(pages, budget, stop_ids=stop_ids, num_embeddings=model.num_embeddings)
-        self._model, self._kernels = model, kernels
+        self._model, self._kernels, self._kv_setting = model, kernels, kv_setting
         self._num_taken = model.num_taken
+        self._struct = structs.Model.from_buffer_copy(model.struct)
+        self._struct.layers = store.layers
         self._scratch, self._logits_BV, self._buffers = make_scratch(
             model, tokens=max(max_rows, PREFILL_TOKENS), logits=max_rows
         )
@@ -148,9 +155,9 @@ class NativeRows(PageRows):
     def enter(self, groups: list[list[Request]]) -> None:
         """See PageRows."""
         self._require_its_weights()
-        self._model.require_positions(
-            max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
-        )
+        num_positions = max(r.prompt_length + r.max_new_tokens for group in groups for r in group)
+        self._angles = self._model.angles(num_positions)
+        self._struct.cosines, self._struct.sines = map(pointer, self._angles)
         super().enter(groups)
 
     def _prefill(self, prompts: list[list[int]], known: list[int], tables: list[list[int]]) -> None:
@@ -186,9 +193,7 @@ class NativeRows(PageRows):
             here = [requests[i] for i in plain]
             buffers = self._sampling_buffers(here, steps=1)
             row_of = torch.tensor([logits_row[i] for i in plain], dtype=torch.int32)
-            self._kernels.kitae_sample(
-                self._model.struct, self._scratch, pointer(row_of), len(here), buffers.struct
-            )
+            self._run(self._kernels.kitae_sample, pointer(row_of), len(here), buffers.struct)
             self._add(buffers, here, num_steps=1)
 
     # completions ----------------------------------------------------------------------------------------------
@@ -214,9 +219,8 @@ class NativeRows(PageRows):
             return
         buffers = self._sampling_buffers(requests, steps=steps)
         began = time.perf_counter()
-        done = self._kernels.kitae_decode(
-            self._model.struct, self._scratch, tokens.struct, buffers.struct, self._is_bf16, self._threads
-        )
+        decode = self._kernels.kitae_decode
+        done = self._run(decode, tokens.struct, buffers.struct, self._is_bf16, self._threads)
         self._step_s = max(time.perf_counter() - began, 1e-6) / done
         self._add(buffers, requests, num_steps=done)
 
@@ -226,16 +230,18 @@ class NativeRows(PageRows):
         )
 
     def _forward(self, tokens: _TokenBuffers, wanted: Tensor, *, at: int) -> None:
-        self._kernels.kitae_forward(
-            self._model.struct,
-            self._scratch,
-            tokens.struct,
-            pointer(wanted),
-            len(wanted),
-            at,
-            self._is_bf16,
-            self._threads,
-        )
+        wanted_here = pointer(wanted), len(wanted), at
+        self._run(self._kernels.kitae_forward, tokens.struct, *wanted_here, self._is_bf16, self._threads)
+
+    def _run(self, kernel: Callable[..., int], *arguments: Any) -> int:
+        """Call a kernel with the model and its scratch."""
+        try:
+            return kernel(self._struct, self._scratch, *arguments)
+        except MemoryError as error:
+            raise PlanError(
+                f"sampling ran out of memory ({error}); lower {self._kv_setting}, or sample fewer completions at the same "
+                "time (inference_batch_size)"
+            ) from error
 
     def _add(self, buffers: _SamplingBuffers, requests: Sequence[Request], *, num_steps: int) -> None:
         """Hand each request its tokens; those behind a stop string are dropped."""
@@ -281,7 +287,7 @@ class _SamplingBuffers:
         self._temperatures = torch.tensor([r.sampling.temperature for r in requests], dtype=torch.float32)
         self._stop_ids = stop_ids
         settings = [r.sampling for r in requests]
-        self._top_ks = torch.tensor([s.top_k for s in settings], dtype=torch.int64)
+        self._top_ks = torch.tensor([min(s.top_k, vocabulary) for s in settings], dtype=torch.int64)
         # One just below 1 would be 1 in float32: off, and no id kept.
         top_ps = [s.top_p if s.top_p == 1 else min(s.top_p, BELOW_ONE) for s in settings]
         self._top_ps = torch.tensor(top_ps, dtype=torch.float32)

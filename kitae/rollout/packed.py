@@ -56,7 +56,7 @@ class PackedModel:
         self.layers = (structs.Layer * len(policy.layers))()
         self._tensors: dict[str, Tensor] = {}
         self._rotary = policy.causal_lm.get_decoder().rotary_emb
-        self._num_positions = 0
+        self._angles = torch.empty(0), torch.empty(0)
         self.num_taken = 0
         """How often weights were taken; keys and values are those of one time."""
         first: Any = policy.layers[0]
@@ -100,19 +100,17 @@ class PackedModel:
         self.struct.final_norm = self._norm("final_norm", policy.causal_lm.get_decoder().norm)
         self._take_embedding(policy)
 
-    def require_positions(self, count: int) -> None:
-        """Make the table of angles long enough. They are rounded as the policy rounds them."""
-        if count <= self._num_positions:
-            return
-        self._num_positions = -(-count // POSITIONS) * POSITIONS
-        positions = torch.arange(self._num_positions)[None]
-        angles = self._rotary(torch.zeros(1, dtype=self._angles_dtype), positions)
-        if isinstance(angles, Tensor):  # DeepSeek-V2 makes complex numbers of them
-            angles = (angles.real, angles.imag)
-        half = self.head_size // 2
-        for name, table in zip(("cosines", "sines"), angles, strict=True):
-            self._tensors[name] = table[0, :, :half].float().contiguous()
-            setattr(self.struct, name, pointer(self._tensors[name]))
+    def angles(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [positions, half a head] of `count` positions or more, rounded as the policy rounds them."""
+        if count > len(self._angles[0]):
+            positions = torch.arange(_round_up(count, POSITIONS))[None]
+            angles = self._rotary(torch.zeros(1, dtype=self._angles_dtype), positions)
+            if isinstance(angles, Tensor):  # DeepSeek-V2 makes complex numbers of them
+                angles = (angles.real, angles.imag)
+            half = self.head_size // 2
+            cosines, sines = (table[0, :, :half].float().contiguous() for table in angles)
+            self._angles = cosines, sines
+        return self._angles
 
     def _matrix(self, name: str, linears: Sequence[Any], *, interleave: bool = False) -> structs.Matrix:
         """Linear layers of the same input, one below the other or (gates and ups) 32 columns in turn."""

@@ -102,7 +102,8 @@ class HostPages:
     """Pages for the kernels: a tensor [pages, numbers] a layer, laid out as kernels/attention.h and kernels/latent.h say."""
 
     def __init__(self, model: PackedModel) -> None:
-        self._model = model
+        self.layers = type(model.layers).from_buffer_copy(model.layers)
+        """The model's, with these pages: several sessions may use one model."""
         self._layers = [
             torch.empty((0, PAGE * model.numbers_per_token), dtype=model.dtype) for _ in model.layers
         ]
@@ -114,7 +115,7 @@ class HostPages:
             layer: Tensor = old.new_empty((count, old.shape[1]))
             layer[: len(old)] = old
             self._layers[number] = layer
-            self._model.layers[number].pages = pointer(layer)
+            self.layers[number].pages = pointer(layer)
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """See PageStore."""

@@ -36,6 +36,9 @@ def why_not_native(policy: Policy) -> str | None:
         return "model.seams.attention is off"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
+    embedding, head = policy.causal_lm.get_input_embeddings(), policy.causal_lm.get_output_embeddings()
+    if len(head.weight) > len(embedding.weight):
+        return f"its head has {len(head.weight):,} outputs, and its embedding {len(embedding.weight):,} rows"
     rope = policy.causal_lm.get_decoder().rotary_emb
     if rope.rope_type not in ROPE_TYPES:
         return f"its rotary embedding is {rope.rope_type}"

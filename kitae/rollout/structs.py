@@ -7,6 +7,8 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 
 from torch import Tensor
 
+from kitae.compiler import status_of
+
 
 class Matrix(Structure):
     _fields_ = (
@@ -160,14 +162,14 @@ class Sampling(Structure):
 
 
 def declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes the functions' types."""
+    """Tell ctypes the functions' types; they raise MemoryError where they find too little."""
     model, scratch, tokens, sampling = (POINTER(s) for s in (Model, Scratch, Tokens, Sampling))
     kernels.kitae_decode.argtypes = (model, scratch, tokens, sampling, c_int, c_int)
-    kernels.kitae_decode.restype = c_int64
     kernels.kitae_forward.argtypes = (model, scratch, tokens, c_void_p, c_int64, c_int64, c_int, c_int)
-    kernels.kitae_forward.restype = None
     kernels.kitae_sample.argtypes = (model, scratch, c_void_p, c_int64, sampling)
-    kernels.kitae_sample.restype = None
+    for name in ("kitae_decode", "kitae_forward", "kitae_sample"):
+        function = getattr(kernels, name)
+        function.restype, function.errcheck = c_int64, status_of
     return kernels
 
 

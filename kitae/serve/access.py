@@ -19,6 +19,10 @@ def read_key(path: Path) -> str:
     try:
         mode = path.stat().st_mode
         key = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--api_key_file: there is no {path}; write a token into it, or leave the flag out: the server makes one"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api_key_file: cannot read {path}: {error}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):

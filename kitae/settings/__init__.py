@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from kitae.config import Section
 from kitae.errors import ConfigError
 from kitae.plugins import load
-from kitae.settings import checks
-from kitae.settings.reader import Reader
+from kitae.settings import checks, idle
+from kitae.settings.reader import YAML, Reader
 
 __all__ = ["Notes", "fit_to_device", "read", "resolve", "settings_class", "without_effect"]
 
@@ -53,7 +53,7 @@ def resolve(
 ) -> tuple[Any, Notes]:
     """The recipe's Settings (hence Any) from flags or a dict laid over a TOML file.
 
-    `given` may hold one bare word ending in .toml instead of `file`. `world_size` counts ranks, by default those
+    `given` may hold one bare word ending in .toml or .yaml instead of `file`. `world_size` counts ranks, by default those
     that torchrun or kitae launch tell: other programs count batches per rank. `place_of` says where a dict's name is
     written, for messages.
     """
@@ -61,13 +61,13 @@ def resolve(
     reader, alone = _gather(recipe, root, given, file=file, world_size=world_size, place_of=place_of)
     if alone:
         raise ConfigError(
-            f"{alone[0]!r} belongs to no flag; a settings file ends in .toml, and there is one at most"
+            f"{alone[0]!r} belongs to no flag; a settings file ends in .toml or .yaml, and there is one at most"
         )
     settings = reader.validate()
     for problem in checks.contradictions(recipe, settings):
         raise ConfigError(reader.with_places(problem))
     draft = reader.draft
-    for name, reason in checks.without_effect(draft, settings):
+    for name, reason in idle.without_effect(draft, settings):
         origin = draft.values[name].origin
         if not origin.is_foreign:
             raise ConfigError(f"{name} ({origin.where}) would have no effect: {reason}; leave it out")
@@ -80,7 +80,7 @@ def without_effect(recipe: str, given: Mapping[str, Any], *, world_size: int = 1
     root = settings_class(recipe)
     reader, _ = _gather(recipe, root, given, file=None, world_size=world_size)
     settings = reader.validate()
-    return {name for name, _ in checks.without_effect(reader.draft, settings)}
+    return {name for name, _ in idle.without_effect(reader.draft, settings)}
 
 
 def read(
@@ -146,14 +146,26 @@ def _gather(
     if isinstance(given, Mapping):
         items = list(reader.from_mapping(given, rank=1, place_of=place_of))
     else:
-        alone, items = reader.from_words(given)
-        if alone and file is None and alone[0].endswith(".toml"):
-            file = alone.pop(0)
+        words, named = _without_config(given)
+        alone, items = reader.from_words(words)
+        if alone and file is None and named is None and alone[0].endswith((".toml", *YAML)):
+            named = alone.pop(0)
+        file = named if file is None else file
     if file is not None:
         reader.read_file(Path(file))
     for name, value, origin in items:
         reader.place(name, value, origin)
     return reader, alone
+
+
+def _without_config(given: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words without TRL's `--config FILE`, and the file."""
+    for i, word in enumerate(given):
+        if word == "--config" and i + 1 < len(given):
+            return [*given[:i], *given[i + 2 :]], given[i + 1]
+        if word.startswith("--config="):
+            return [*given[:i], *given[i + 1 :]], word.partition("=")[2]
+    return list(given), None
 
 
 def _notes(reader: Reader) -> Notes:

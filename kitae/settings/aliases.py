@@ -1,45 +1,50 @@
 """The one alias table: flags of other programs, and what each means here.
 
 Five vocabularies: Hugging Face's (with TRL's), Colossal-AI's programs for each recipe, the consumer-GPU notebook's,
-and LLaMA-Factory's for preferences. Where two programs give one flag different meanings, the recipe or the companions
+and LLaMA-Factory's. Where two programs give one flag different meanings, the recipe or the companions
 of the flag decide: `-g` is gradient checkpointing for `sft` (lora_finetune.py) and generations for `grpo`
 (rl_example.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kitae.settings.draft import as_bool
+from kitae.settings.conversions import (
+    DTYPES,
+    LOG_LEVELS,
+    OPTIMIZERS,
+    SCHEDULES,
+    Convert,
+    cached,
+    checkpointing,
+    choice,
+    metric,
+    paths_of,
+    separated,
+    sequence_level,
+    switch,
+    texts_of,
+    unless,
+)
 
 Effect = Literal["maps", "together", "warns", "limited"]
-Convert = Callable[[Any], Any]
 
 HF, NOTEBOOK, KITAE = "Hugging Face", "notebook", "kitae"
 TRAIN_DPO = "train_dpo.py, train_kto.py, train_orpo.py, train_rm.py"
 LLAMA_FACTORY = "LLaMA-Factory"
 LORA_FINETUNE, TRAIN_GRPO, RL_EXAMPLE = "lora_finetune.py", "train_grpo.py", "rl_example.py"
 TRAIN_PPO = "train_ppo.py"
+SFT, GRPO, PPO, DISTILL, REWARD_MODEL = ("sft",), ("grpo",), ("ppo",), ("distill",), ("reward_model",)
 PREFERENCE = ("dpo", "simpo", "kto", "orpo")
-REWARD_MODEL = ("reward_model",)
-SFT, GRPO, PPO, ROUNDS, BOTH = (
-    ("sft",),
-    ("grpo",),
-    ("ppo",),
-    ("grpo", "ppo"),
-    ("sft", "grpo", "ppo", "distill", *PREFERENCE, *REWARD_MODEL),
-)
+ROUNDS = (*GRPO, *PPO)
+RECIPES = (*SFT, *ROUNDS, *DISTILL, *PREFERENCE, *REWARD_MODEL)
 USE = ("evaluate", "generate", "chat", "serve", "sample")
 
 
 PLUGIN = "warns: ranks shard by FSDP2 by themselves, nothing to choose; zero2_cpu: offload is not there yet"
-
-
-class Unset:
-    """What a conversion returns when the other program means "not given" (`--max_steps -1`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,106 +84,6 @@ def for_command(command: str) -> dict[str, Alias]:
     return found
 
 
-# conversions: each takes what was given and returns what our setting takes, or raises ValueError -------------------
-
-
-def switch(value: Any) -> bool:
-    return as_bool(value, "it")
-
-
-def choice(words: Mapping[str, Any]) -> Convert:
-    """One of the other program's words."""
-
-    def convert(value: Any) -> Any:
-        word = str(value).lower()
-        if word not in words:
-            raise ValueError(f"choose one of {', '.join(words)}")
-        return words[word]
-
-    return convert
-
-
-def unless(*unset: str) -> Convert:
-    """The value itself, but for words by which the other program means "not given"."""
-    return lambda value: Unset() if str(value).lower() in unset else value
-
-
-def separated(value: Any) -> Any:
-    """A list also written as one word with commas, as `q_proj,v_proj`."""
-    if isinstance(value, str) and "," in value:
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value
-
-
-def unquoted(value: Any) -> Any:
-    """The object that a JSON text stands for, as a command line has to write one; anything else as it is."""
-    is_json = isinstance(value, str) and value.lstrip().startswith("{")
-    return json.loads(value) if is_json else value
-
-
-def paths_of(value: Any) -> list[str]:
-    """Paths as a list, from a path, a list, or a mapping name -> path (a dict, or JSON text)."""
-    value = unquoted(value)
-    if isinstance(value, Mapping):
-        return [str(path) for path in value.values()]
-    return list(value) if isinstance(value, list | tuple) else [str(value)]
-
-
-def texts_of(value: Any) -> list[str]:
-    """A list of texts, or one of them; what is in one is never cut."""
-    return list(value) if isinstance(value, list | tuple) else [str(value)]
-
-
-def cached(value: Any) -> Any:
-    return "cache" if switch(value) else Unset()
-
-
-def sequence_level(value: Any) -> Unset:
-    if switch(value):
-        raise ValueError(
-            "to learn from a teacher's texts, run kitae sample with the teacher, then kitae train sft on the file"
-        )
-    return Unset()
-
-
-def checkpointing(value: Any) -> Any:
-    word = str(value).lower()
-    return True if word == "unsloth" else word if word in ("offload", "auto") else switch(value)
-
-
-DTYPES = {
-    "auto": "auto", "none": "auto", "bfloat16": "bfloat16", "bf16": "bfloat16", "torch.bfloat16": "bfloat16",
-    "float16": "float16", "fp16": "float16", "half": "float16", "torch.float16": "float16",
-    "float32": "float32", "fp32": "float32", "float": "float32", "torch.float32": "float32",
-}  # fmt: skip
-OPTIMIZERS = {
-    "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw",
-    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "paged_adamw_8bit": "adamw_8bit",
-    "adafactor": "adafactor",
-}  # fmt: skip
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-}
-LOG_LEVELS = {
-    "debug": "debug", "info": "info", "passive": "info", "warning": "warning", "error": "warning", "critical": "warning"
-}  # fmt: skip
-METRICS = {
-    "loss": "eval/loss", "eval_loss": "eval/loss", "eval_perplexity": "eval/perplexity", "perplexity": "eval/perplexity",
-    "eval_rewards/accuracies": "eval/accuracy", "eval_rewards/margins": "eval/margin",
-    "eval_accuracy": "eval/accuracy", "accuracy": "eval/accuracy", "eval_reward": "eval/reward", "reward": "eval/reward",
-}  # fmt: skip
-REWARDS = {
-    "math_competition_reward_fn": "reasoning", "gsm8k_reward_fn": "reasoning", "reasoning": "reasoning"
-}  # fmt: skip
-
-
-def metric(value: Any) -> str:
-    return METRICS.get(str(value), str(value))
-
-
 # how a table is written --------------------------------------------------------------------------------------------
 
 
@@ -194,8 +99,12 @@ class _Writer:
     ) -> Alias:
         return self._make(flags, "maps", to=to, convert=convert, note=note, is_switch=is_switch)
 
+    def switch(self, flags: str, to: str, *, on: str | bool = True, off: str | bool = False) -> Alias:
+        """A switch, and what our setting becomes by it."""
+        return self.maps(flags, to, lambda value: on if switch(value) else off, is_switch=True)
+
     def together(self, flags: str, to: str, note: str, *, is_switch: bool = False) -> Alias:
-        """Its meaning depends on other flags or on the machine: see kitae/settings/rules.py."""
+        """Its meaning depends on other flags or on the machine: see rules.py and rl_rules.py."""
         return self._make(flags, "together", to=to, note=note, is_switch=is_switch)
 
     def warns(self, flags: str, reason: str, *, is_switch: bool = False) -> Iterable[Alias]:
@@ -213,15 +122,13 @@ class _Writer:
 
 
 def _hugging_face() -> list[Alias]:
-    a = _Writer(HF, BOTH)
+    a = _Writer(HF, RECIPES)
     return [
         a.maps("--model_name_or_path", "model.name_or_path"),
         a.maps("--tokenizer_name --tokenizer_name_or_path", "model.tokenizer"),
         a.maps("--model_revision", "model.revision"),
         a.maps("--torch_dtype --dtype", "model.dtype", choice(DTYPES)),
-        a.maps(
-            "--load_in_4bit", "model.quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True
-        ),
+        a.switch("--load_in_4bit", "model.quantization", on="nf4", off="none"),
         a.limited("--load_in_8bit", "8-bit base weights", is_switch=True),
         a.maps("--gradient_checkpointing", "model.gradient_checkpointing", checkpointing, is_switch=True),
         a.together(
@@ -230,7 +137,7 @@ def _hugging_face() -> list[Alias]:
             "offload, also beside --gradient_checkpointing true",
             is_switch=True,
         ),
-        a.maps("--torch_compile", "model.torch_compile", switch, is_switch=True),
+        a.switch("--torch_compile", "model.torch_compile"),
         a.maps("--dataset_name --train_file", "data.train", paths_of),
         a.maps("--validation_file --eval_file", "data.eval", paths_of),
         a.maps("--dataset_train_split --split", "data.split"),
@@ -238,7 +145,7 @@ def _hugging_face() -> list[Alias]:
         a.maps("--max_train_samples", "data.max_rows"),
         a.maps("--max_eval_samples", "eval.max_rows"),
         a.maps("--chat_template_path", "data.template"),
-        a.maps("--overwrite_output_dir", "overwrite", switch, is_switch=True),
+        a.switch("--overwrite_output_dir", "overwrite"),
         a.together("--resume_from_checkpoint", "resume", "true, or a folder inside the output directory"),
         a.maps("--max_steps", "train.max_steps", unless("-1")),
         a.maps("--per_device_eval_batch_size", "eval.batch_size"),
@@ -247,18 +154,14 @@ def _hugging_face() -> list[Alias]:
         a.maps("--adam_beta2", "optim.beta2"),
         a.maps("--adam_epsilon", "optim.epsilon"),
         a.maps("--lr_scheduler_type", "optim.lr_scheduler", choice(SCHEDULES)),
-        a.together(
-            "--bf16", "model.dtype", "bfloat16 where the device is fast in it, else a warning", is_switch=True
-        ),
-        a.together(
-            "--fp16", "model.dtype", "float16 where the device is fast in it, else a warning", is_switch=True
-        ),
+        a.together("--bf16", "model.dtype", "bfloat16 where the device is fast in it, else a warning", is_switch=True),
+        a.together("--fp16", "model.dtype", "float16 where the device is fast in it, else a warning", is_switch=True),
         a.together("--use_peft", "lora.rank", "rank 16 and alpha 32 where none are given", is_switch=True),
         a.maps("--lora_r --lora_rank", "lora.rank"),
         a.maps("--lora_alpha", "lora.alpha"),
         a.maps("--lora_dropout", "lora.dropout"),
         a.maps("--lora_target_modules", "lora.target_modules", separated),
-        a.maps("--use_rslora", "lora.use_rslora", switch, is_switch=True),
+        a.switch("--use_rslora", "lora.use_rslora"),
         a.together("--logging_steps", "log.steps", "also how often to evaluate where eval_steps is missing"),
         a.maps("--logging_dir", "log.tensorboard_dir"),
         a.maps("--log_level", "log.level", choice(LOG_LEVELS)),
@@ -267,20 +170,13 @@ def _hugging_face() -> list[Alias]:
         a.together("--save_strategy", "save.steps", "steps, best or no; epoch is refused"),
         a.together("--save_steps", "save.steps", "every so many optimizer steps"),
         a.maps("--save_total_limit", "save.keep"),
-        a.maps(
-            "--load_best_model_at_end",
-            "save.final",
-            lambda v: "best" if switch(v) else "last",
-            is_switch=True,
-        ),
+        a.switch("--load_best_model_at_end", "save.final", on="best", off="last"),
         a.maps("--metric_for_best_model", "save.metric", metric),
-        a.maps(
-            "--greater_is_better", "save.metric_mode", lambda v: "max" if switch(v) else "min", is_switch=True
-        ),
+        a.switch("--greater_is_better", "save.metric_mode", on="max", off="min"),
         a.together("--evaluation_strategy --eval_strategy", "eval.steps", "steps or no; epoch is refused"),
         a.together("--do_eval", "eval.steps", "as --eval_strategy steps", is_switch=True),
         a.together("--eval_steps", "eval.steps", "every so many optimizer steps"),
-        a.maps("--eval_on_start", "eval.at_start", switch, is_switch=True),
+        a.switch("--eval_on_start", "eval.at_start"),
         *a.warns(
             "--dataloader_num_workers --dataloader_prefetch_factor",
             "rows are rendered once and kept on disk, no loader processes are needed",
@@ -310,27 +206,20 @@ def _hugging_face() -> list[Alias]:
             is_switch=True,
         ),
         *a.warns("--logging_strategy", "logging goes by steps"),
-        *a.warns(
-            "--push_to_hub --auto_find_batch_size --use_vllm", "kitae has nothing like it", is_switch=True
-        ),
-        *a.warns(
-            "--hub_model_id --hub_token --neftune_noise_alpha --label_smoothing_factor",
-            "kitae has nothing like it",
-        ),
-        *a.warns(
-            "--bnb_4bit_quant_type --bnb_4bit_compute_dtype", "4-bit weights are nf4, computed in model.dtype"
-        ),
+        *a.warns("--push_to_hub --auto_find_batch_size --use_vllm", "kitae has nothing like it", is_switch=True),
+        *a.warns("--hub_model_id --hub_token --neftune_noise_alpha --label_smoothing_factor", "kitae has nothing like it"),
+        *a.warns("--bnb_4bit_quant_type --bnb_4bit_compute_dtype", "4-bit weights are nf4, computed in model.dtype"),
         *a.warns("--use_bnb_nested_quant", "4-bit scales are stored as they are", is_switch=True),
-    ]
+    ]  # fmt: skip
 
 
 def _hugging_face_sft() -> list[Alias]:
-    a = _Writer(HF, (*SFT, "distill", *PREFERENCE, *REWARD_MODEL))
+    a = _Writer(HF, (*SFT, *DISTILL, *PREFERENCE, *REWARD_MODEL))
     return [a.maps("--max_seq_length --max_seq_len --model_max_length", "data.max_length")]
 
 
 def _hugging_face_distill() -> list[Alias]:
-    a = _Writer(HF, ("distill",))
+    a = _Writer(HF, DISTILL)
     return [
         a.maps("--teacher_model_name_or_path --teacher_model", "teacher.name_or_path"),
         a.maps("--teacher_model_revision", "teacher.revision"),
@@ -360,9 +249,7 @@ def _hugging_face_preference() -> list[Alias]:
             )
             for recipe in ("dpo", "kto")
         ),
-        *with_reference.warns(
-            "--ref_model --ref_model_name_or_path", "the reference is the model the run starts from"
-        ),
+        *with_reference.warns("--ref_model --ref_model_name_or_path", "the reference is the model the run starts from"),
         *with_reference.warns(
             "--precompute_ref_batch_size --ref_model_mixup_alpha --ref_model_sync_steps --f_divergence_type",
             "kitae has nothing like it",
@@ -372,9 +259,7 @@ def _hugging_face_preference() -> list[Alias]:
             "kitae has nothing like it",
             is_switch=True,
         ),
-        *_Writer(HF, ("simpo", "kto", "orpo")).warns(
-            "--loss_type", "the recipe's name says which loss it is"
-        ),
+        *_Writer(HF, ("simpo", "kto", "orpo")).warns("--loss_type", "the recipe's name says which loss it is"),
         *a.warns("--truncation_mode", "completions lose their end, and too long prompts are dropped"),
         *a.warns("--max_completion_length", "data.max_length limits prompt and completion together"),
         *a.warns("--disable_dropout", "dropout is that of the model and of lora.dropout", is_switch=True),
@@ -390,18 +275,33 @@ def _llama_factory() -> list[Alias]:
                 ("dpo", "dpo.beta"), ("simpo", "simpo.beta"), ("kto", "kto.beta"), ("orpo", "orpo.odds_coef"),
             )
         ),
-        *(
-            _Writer(LLAMA_FACTORY, (recipe,)).maps("--pref_ftx", f"{recipe}.nll_coef")
-            for recipe in ("dpo", "simpo")
-        ),
+        *(_Writer(LLAMA_FACTORY, (recipe,)).maps("--pref_ftx", f"{recipe}.nll_coef") for recipe in ("dpo", "simpo")),
         _Writer(LLAMA_FACTORY, ("dpo",)).maps("--dpo_label_smoothing", "dpo.label_smoothing"),
         _Writer(LLAMA_FACTORY, ("dpo",)).maps("--pref_loss", "dpo.loss_type"),
-        *_Writer(LLAMA_FACTORY, ("simpo", "kto", "orpo")).warns(
-            "--pref_loss", "the recipe's name says which loss it is"
-        ),
+        *_Writer(LLAMA_FACTORY, ("simpo", "kto", "orpo")).warns("--pref_loss", "the recipe's name says which loss it is"),
         _Writer(LLAMA_FACTORY, ("kto",)).maps("--kto_chosen_weight", "kto.desirable_weight"),
         _Writer(LLAMA_FACTORY, ("kto",)).maps("--kto_rejected_weight", "kto.undesirable_weight"),
-        _Writer(LLAMA_FACTORY, PREFERENCE).maps("--cutoff_len", "data.max_length"),
+        _Writer(LLAMA_FACTORY, (*SFT, *PREFERENCE, *REWARD_MODEL)).maps("--cutoff_len", "data.max_length"),
+        *_llama_factory_common(),
+    ]  # fmt: skip
+
+
+def _llama_factory_common() -> list[Alias]:
+    a = _Writer(LLAMA_FACTORY, RECIPES)
+    return [
+        a.together(
+            "--finetuning_type", "lora.rank", "lora: rank 8 where none is given, alpha twice the rank; full: all weights"
+        ),
+        a.maps("--lora_target", "lora.target_modules", lambda v: separated("all-linear" if v == "all" else v)),
+        a.maps("--quantization_bit", "model.quantization", choice({"4": "nf4", "none": "none"}), note="4; not 8 or others"),
+        a.maps("--val_size", "data.hold_out", note="a share of the rows"),
+        a.maps("--max_samples", "data.max_rows"),
+        *a.warns("--stage", "the recipe's name says which stage it is"),
+        *a.warns("--dataset_dir", "name the files themselves, as in --dataset_name rows.jsonl"),
+        *a.warns("--flash_attn", "packed attention is always on"),
+        *a.warns("--preprocessing_num_workers", "rows are rendered once and kept on disk"),
+        *a.warns("--overwrite_cache", "rows are rendered anew whenever they changed", is_switch=True),
+        *a.warns("--plot_loss --save_only_model", "kitae always does what suits it", is_switch=True),
     ]  # fmt: skip
 
 
@@ -432,11 +332,9 @@ def _train_dpo() -> list[Alias]:
         *a.warns("--config_file", "the settings of a run are written to run.json in its folder"),
         *a.warns("--checkpoint_path --lora_config", "use --resume, and --lora_rank with its companions"),
         *a.warns("--enable_reference_model", "the recipe's name says whether there is a reference"),
-        *a.warns(
-            "--disable_reference_model", "the recipe's name says whether there is a reference", is_switch=True
-        ),
+        *a.warns("--disable_reference_model", "the recipe's name says whether there is a reference", is_switch=True),
         *_colossal_parallel(a),
-    ]
+    ]  # fmt: skip
 
 
 def _hugging_face_rounds() -> list[Alias]:
@@ -454,7 +352,7 @@ def _hugging_face_rounds() -> list[Alias]:
         a.maps("--num_iterations --num_ppo_epochs --ppo_epochs", "rollout.epochs_per_round"),
         a.maps("--steps_per_generation --num_mini_batches", "rollout.updates_per_round"),
         a.maps("--logits_forward_batch_size --local_rollout_forward_batch_size", "rollout.rows_per_forward"),
-        a.maps("--mask_truncated_completions", "rollout.mask_truncated", switch, is_switch=True),
+        a.switch("--mask_truncated_completions", "rollout.mask_truncated"),
         a.together(
             "--reward_funcs --reward_functions", "reward.function, reward.extra",
             "the first is reward.function, others are added with their weights",
@@ -524,11 +422,7 @@ def _lora_finetune() -> list[Alias]:
     return [
         a.maps("-m --pretrained", "model.name_or_path"),
         a.maps("-d --dataset", "data.train", paths_of),
-        a.together(
-            "-p --plugin",
-            "",
-            PLUGIN,
-        ),
+        a.together("-p --plugin", "", PLUGIN),
         a.maps("--save_dir", "output_dir"),
         a.maps("--tensorboard_dir", "log.tensorboard_dir"),
         a.maps("-n --num_epochs", "train.num_train_epochs"),
@@ -659,7 +553,7 @@ def _colossal_parallel(a: _Writer) -> list[Alias]:
 
 
 def _notebook() -> list[Alias]:
-    a = _Writer(NOTEBOOK, BOTH)
+    a = _Writer(NOTEBOOK, RECIPES)
     return [
         a.maps("--model_name", "model.name_or_path"),
         a.together("--data_files", "data.train, data.eval", 'a path, or {"train": ..., "test": ...}'),
@@ -668,40 +562,28 @@ def _notebook() -> list[Alias]:
         a.maps("--r", "lora.rank"),
         a.maps("--target_modules", "lora.target_modules", separated),
         a.maps("--bias", "lora.bias"),
-        a.maps(
-            "--use_gradient_checkpointing",
-            "model.gradient_checkpointing",
-            checkpointing,
-            note='also "unsloth"',
-        ),
+        a.maps("--use_gradient_checkpointing", "model.gradient_checkpointing", checkpointing, note='also "unsloth"'),
         a.maps("--random_state", "lora.init_seed"),
         *a.warns("--loftq_config", "adapters start from zero"),
         *a.warns("--use_exact_model_name", "names are always exact", is_switch=True),
-    ]
+    ]  # fmt: skip
 
 
 def _use() -> list[Alias]:
     a = _Writer(HF, USE)
     return [
-        _Writer(KITAE, ("evaluate", "generate", "compare", "sample", "reward", "export")).maps(
-            "--json", "json_file"
-        ),
+        _Writer(KITAE, ("evaluate", "generate", "compare", "sample", "reward", "export")).maps("--json", "json_file"),
         _Writer(HF, ("sample",)).maps("--num_generations --num_return_sequences", "n"),
         _Writer(HF, ("sample",)).maps("--output_file", "output"),
         a.maps("--model_name_or_path", "model"),
         a.maps("--model_revision", "revision"),
         a.maps("--tokenizer_name --tokenizer_name_or_path --tokenizer_dir", "tokenizer"),
         a.maps("--torch_dtype", "dtype", choice(DTYPES)),
-        a.maps("--load_in_4bit", "quantization", lambda v: "nf4" if switch(v) else "none", is_switch=True),
+        a.switch("--load_in_4bit", "quantization", on="nf4", off="none"),
         a.maps("--max_tokens --max_completion_tokens --max_completion_length", "max_new_tokens"),
         a.maps("--stop_strings --stop_words", "stop", texts_of),
-        a.together(
-            "--do_sample",
-            "temperature",
-            "false is temperature 0; true is 1 where none is given",
-            is_switch=True,
-        ),
-    ]
+        a.together("--do_sample", "temperature", "false is temperature 0; true is 1 where none is given", is_switch=True),
+    ]  # fmt: skip
 
 
 TABLE: list[Alias] = [

@@ -38,7 +38,7 @@ class Draft:
     known: Mapping[str, Setting]
     values: dict[str, Given] = field(default_factory=dict)
     together: dict[str, Given] = field(default_factory=dict)
-    """Foreign flags by their alias, for the rules of kitae/settings/rules.py."""
+    """Foreign flags by their alias, for rules.py and rl_rules.py."""
     warnings: list[str] = field(default_factory=list)
     dtype_wish: tuple[str, str] | None = None
     """(flag, dtype): a precision asked for in another vocabulary, taken where the device is good at it."""
@@ -61,12 +61,21 @@ class Draft:
         if before is None or before.origin.rank <= origin.rank:
             self.together[name] = Given(value=value, origin=origin)
 
+    def put_default(self, name: str, value: Any, origin: Origin) -> None:
+        """Set one of our settings to a derived value, which gives way to one that is given."""
+        if not self.has(name):
+            self.put(name, value, origin)
+
     def has(self, name: str) -> bool:
         return name in self.values
 
     def value(self, name: str) -> Any:
         """What is given for one of our settings, or its default."""
         return self.values[name].value if name in self.values else self.known[name].default
+
+    def taken(self, *names: str) -> list[Given]:
+        """Those of these foreign flags of `together` that are given."""
+        return [self.together[name] for name in names if name in self.together]
 
     def number(self, name: str, default: int) -> int:
         """A foreign flag of `together` as a whole number."""
@@ -78,6 +87,12 @@ class Draft:
     def warn(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
+
+
+def origin_of(*given: Given) -> Origin:
+    """The origin of a value derived from several flags."""
+    where = " with ".join(dict.fromkeys(g.origin.where for g in given))
+    return Origin(where=where, rank=max(g.origin.rank for g in given), is_foreign=True)
 
 
 def as_int(value: Any, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Reads words, dicts and TOML files into one settings class, whatever vocabulary they are written in."""
+"""Reads words, dicts, TOML and YAML files into one settings class, whatever vocabulary they are written in."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from kitae.errors import ConfigError
 from kitae.plugins import did_you_mean
 from kitae.settings import aliases, rules, words
 from kitae.settings.aliases import Alias
+from kitae.settings.conversions import Unset
 from kitae.settings.draft import Draft, Origin, as_bool
 from kitae.settings.fields import Setting, flat_names, sections_of, settings_of
+
+YAML = (".yaml", ".yml")
 
 
 class Reader:
@@ -62,15 +65,8 @@ class Reader:
             yield name, value, Origin(where=place_of(name), rank=rank, is_foreign=alias is not None)
 
     def read_file(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ConfigError(f"cannot read the settings file {path}: {why}") from error
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        read_table = read_yaml if path.suffix in YAML else read_toml
+        table, text = read_table(path, what="settings")
         lines = _line_numbers(text)
 
         def place_of(name: str) -> str:
@@ -146,7 +142,7 @@ class Reader:
                 converted = alias.convert(value) if alias.convert else value
             except ValueError as error:
                 raise ConfigError(f"{origin.where} is {value!r}; {error}") from error
-            if not isinstance(converted, aliases.Unset):
+            if not isinstance(converted, Unset):
                 self.draft.put(alias.to, _shaped(self.known[alias.to], converted, origin), origin)
 
     # finishing -------------------------------------------------------------------------------------------------
@@ -238,13 +234,44 @@ def _put_nested(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
+def read_toml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
+    """A TOML file's table, and its text; `what` it holds, for messages."""
+    text = _read_text(path, what=what)
+    try:
+        return tomllib.loads(text), text
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_yaml(path: Path, *, what: str) -> tuple[dict[str, Any], str]:
+    """The same of a YAML file, as TRL and LLaMA-Factory have them; what is null there counts as not given."""
+    import yaml  # type: ignore[import-untyped]  # transformers brings it
+
+    text = _read_text(path, what=what)
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} holds no settings; write one `name: value` a line")
+    return {str(name): value for name, value in table.items() if value is not None}, text
+
+
+def _read_text(path: Path, *, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"cannot read the {what} file {path}: {why}") from error
+
+
 def _line_numbers(text: str) -> dict[str, int]:
-    """Where each dotted name of a TOML text is set, for error messages; multi-line values may hide some."""
+    """Where each dotted name of a TOML text, or top one of a YAML text, is set, for messages; some may be hidden."""
     found: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[([\w.\-]+)\]", line):
             section = header[1] + "."
-        elif key := re.match(r"\s*([\w.\-]+)\s*=", line):
+        elif key := re.match(r"\s*([\w.\-]+)\s*[=:]", line):
             found.setdefault(section + key[1], number)
     return found

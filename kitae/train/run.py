@@ -22,20 +22,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 
 from kitae import errors
 from kitae.config import EvalSettings, LogSettings, SaveSettings
-from kitae.errors import CheckpointError, ConfigError, KitaeError, RunDirError, StoppedError
+from kitae.errors import ConfigError, KitaeError, RunDirError, StoppedError
 from kitae.health import Watch
 from kitae.parallel.world import World
 from kitae.train import checkpoint, folder
 from kitae.train.best import Best
+from kitae.train.checkpointer import Checkpointer, Part
 from kitae.train.files import disk_errors, read_json
-from kitae.train.identity import differences, identity, machine
+from kitae.train.identity import machine
 from kitae.train.logs import FILE_ONLY, RunLog
 from kitae.train.metrics import Window, require_writers
 from kitae.train.progress import ProgressView, duration, make_console, summary
@@ -46,13 +47,6 @@ logger = logging.getLogger(__name__)
 
 STATUS_INTERVAL_S = 1.0
 Evaluate = Callable[[], dict[str, float]]
-
-
-class Part(Protocol):
-    """Something whose state belongs to a checkpoint: nested dicts and lists of tensors and JSON values."""
-
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Run:
@@ -83,19 +77,15 @@ class Run:
         self._settings, self._recipe = settings, recipe
         self._save, self._evaluation, self._log = save, evaluation, log
         self._patience, self._resume, self._allow_inexact = patience, resume, allow_inexact
-        self._parts: dict[str, Part] = {}
-        self._grows_by = 0
-        self._facts: dict[str, Any] = {}
+        self._checkpoints = Checkpointer(output_dir, settings=settings, world=world)
         self._best = Best(save)
         self._window, self._current = Window(), dict[str, float]()
         self._watch = Watch(settings=settings, recipe=recipe) if log.health and world.is_main else None
         self._said_before: set[tuple[str, int]] = set()
         """Health notes (rule, step) that an earlier life of this run has said behind its checkpoint."""
-        self._owes_evaluation = (
-            False  # a signal came when the last step's evaluation was due; resume makes up for it
-        )
+        self._owes_evaluation = False
+        """A signal came when the last step's evaluation was due; resume makes up for it."""
         self._first_step = 0
-        self._last_checkpoint: int | None = None
         self._elapsed_s, self._started, self._status_due = 0.0, time.monotonic(), 0.0
         self._state = "starting"
         self._lock: folder.Lock | None = None
@@ -166,7 +156,7 @@ class Run:
         if self.is_finished:
             self.step = self.total = int(before["step"])
         if self._resume:
-            self._last_checkpoint = before.get("checkpoint")
+            self._checkpoints.last = before.get("checkpoint")
         if self._logs is None:
             self._logs = RunLog(None, level=self._log.level, console=self._console)
         self.event("resumed" if self._resume else "started")
@@ -193,9 +183,8 @@ class Run:
                 resume=self._resume,
             )
             folder.leave_pointer(self.output_dir, recipe=self._recipe)
-        elif not (
-            self.output_dir / "exit.json"
-        ).exists():  # killed, or a full disk, between model and exit.json
+        elif not (self.output_dir / "exit.json").exists():
+            # Killed, or a full disk, between model and exit.json.
             write_exit(self.output_dir, 0, "finished", step=int(before["step"]))
         return before
 
@@ -205,9 +194,9 @@ class Run:
 
     def identify(self, **facts: str | int | float | None) -> None:
         """Facts that must be equal when the run is resumed, such as data_hash and the template's fingerprint."""
-        self._facts |= facts
-        if self._record is not None and not self._resume:  # else after the comparison, see _steps
-            self._record.describe(machine=machine(self.world), facts=self._facts)
+        self._checkpoints.facts |= facts
+        if not self._resume:  # else after the comparison, see _steps
+            self._describe()
 
     def track(self, name: str, part: Part, *, grows_by: int = 0) -> None:
         """Make `part` belong to the run's checkpoints. All parts are tracked before steps() begins.
@@ -216,9 +205,7 @@ class Run:
         too small for checkpoints is then refused before that step.
         """
         assert self._state == "starting", f"{name} was tracked after the first step"
-        assert name not in self._parts, f"two parts are called {name}"
-        self._parts[name] = part
-        self._grows_by += grows_by
+        self._checkpoints.track(name, part, grows_by=grows_by)
 
     # ------------------------------------------------------------------------------------------ stepping
 
@@ -245,12 +232,11 @@ class Run:
             return
         self.total = total
         is_resumed = self._restore()
-        self._require_space(grows_by=0 if is_resumed else self._grows_by)
+        self._checkpoints.require_space(self._counted, is_grown=is_resumed)
         if self.world.is_main:
             title = self._recipe or "train"
             self._progress = ProgressView(total=total, done=self.step, title=title, console=self._console)
-        if self._record is not None:
-            self._record.describe(machine=machine(self.world), facts=self._facts)
+        self._describe()
         self._write_status("running")
         self._signals.is_deferring = True
         self._started = time.monotonic()
@@ -261,7 +247,7 @@ class Run:
             yield self.step + 1
             self._current.setdefault("time/step_s", time.monotonic() - began)
             if self.step == self._first_step:  # only now the optimizer has its moments, and the size is exact
-                self._require_space()
+                self._checkpoints.require_space(self._counted, is_grown=True)
             self.step += 1
             self._end_of_step(evaluate)
         self._close_progress()
@@ -325,7 +311,7 @@ class Run:
         if not flags.any():
             return
         number = SIGNALS[int(flags.argmax())]
-        if self._last_checkpoint != self.step or self._owes_evaluation:
+        if self._checkpoints.last != self.step or self._owes_evaluation:
             self._save_checkpoint()
         raise StoppedError(
             f"stopped by {number.name} after step {self.step} of {self.total}; all of it is saved in {self.output_dir}; "
@@ -374,7 +360,7 @@ class Run:
             total=self.total,
             eta_s=None if eta_s is None else round(eta_s, 1),
             elapsed_s=round(self._elapsed(), 1),
-            checkpoint=self._last_checkpoint,
+            checkpoint=self._checkpoints.last,
             best=best if self._best.value is not None else None,
         )
 
@@ -384,71 +370,39 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    def _identity(self) -> dict[str, Any]:
-        return identity(settings=self._settings, facts=self._facts, world=self.world)
-
-    def _snapshot(self) -> checkpoint.State:
-        """Everything the run goes on from: the parts, the random generators, and what this class counts."""
+    def _counted(self) -> checkpoint.State:
+        """What a checkpoint holds of this class."""
         return {
-            "parts": {name: part.state() for name, part in self._parts.items()},
-            "random": checkpoint.random_state(self.world.device),
-            "run": {
-                "best": self._best.state(),
-                "window": self._window.state(),
-                "owes_evaluation": self._owes_evaluation,
-                "health": self._watch.state() if self._watch is not None else None,
-                "elapsed_s": self._elapsed(),
-                "sizes": self._record.sync() if self._record is not None else {},
-            },
+            "best": self._best.state(),
+            "window": self._window.state(),
+            "owes_evaluation": self._owes_evaluation,
+            "health": self._watch.state() if self._watch is not None else None,
+            "elapsed_s": self._elapsed(),
+            "sizes": self._record.sync() if self._record is not None else {},
         }
-
-    def _require_space(self, *, grows_by: int = 0) -> None:
-        checkpoint.require_space(
-            self.output_dir,
-            self._snapshot(),
-            world=self.world,
-            grows_by=grows_by,
-            is_one_kept=self._last_checkpoint is not None,
-        )
 
     def _save_checkpoint(self) -> None:
         began = time.monotonic()
-        path = checkpoint.save(
-            self._checkpoints,
-            step=self.step,
-            state=self._snapshot(),
-            identity=self._identity(),
-            world=self.world,
-        )
-        self._last_checkpoint = self.step
+        path = self._checkpoints.save(self.step, self._counted)
         self._write_status(self._state)
         self.event("checkpoint", seconds=round(time.monotonic() - began, 3))
         logger.info("checkpoint %s", path, extra=FILE_ONLY)
-        if self.world.is_main:
-            pinned = [self._best.step] if self._save.final == "best" and self._best.value is not None else []
-            with disk_errors(self._checkpoints):
-                checkpoint.prune(self._checkpoints, keep=self._save.keep, pinned=pinned)
+        pinned = [self._best.step] if self._save.final == "best" and self._best.value is not None else []
+        self._checkpoints.prune(keep=self._save.keep, pinned=pinned)
 
     def _restore(self) -> bool:
         """Go on from the newest whole checkpoint; False where there is none to go on from."""
         if not self._resume:
             return False
-        if self.world.is_main:
-            with disk_errors(self._checkpoints):
-                checkpoint.sweep(self._checkpoints)
-        loaded, skipped = checkpoint.load_newest(self._checkpoints, world=self.world)
-        for line in skipped:
-            logger.warning("skipped a damaged checkpoint: %s", line)
+        loaded, skipped = self._checkpoints.newest()
         if loaded is None:
-            self._start_over()
+            logger.warning("nothing was saved in %s yet: starting from the beginning", self.output_dir)
+            self._cut_records(0, {"metrics": 0, "samples": 0})
             return False
-        self._compare(loaded)
-        self._load_parts(loaded)
-        counted = loaded.state["run"]
+        if differing := self._checkpoints.compare(loaded, allow_inexact=self._allow_inexact):
+            self.event("inexact", checkpoint=loaded.path.name, differing=differing)
+            self._describe(inexact=[f"step {loaded.step}: {line}" for line in differing])
+        counted = self._checkpoints.restore(loaded)
         self._best.load_state(counted["best"])
         self._window.load_state(counted["window"])
         self._owes_evaluation = counted["owes_evaluation"]
@@ -456,60 +410,23 @@ class Run:
         if self._watch is not None and notes is not None:
             self._watch.load_state(notes)
         self._elapsed_s = counted["elapsed_s"]
-        checkpoint.restore_random_state(loaded.state["random"], device=self.world.device)
-        self.step = self._first_step = self._last_checkpoint = loaded.step
-        if self._record is not None:
-            with disk_errors(self._checkpoints):
-                checkpoint.set_aside(self._checkpoints, newer_than=loaded.step)
-            self._record.cut(loaded.step, counted["sizes"])
-            self._said_before = self._record.health_notes(since=loaded.step)
+        self.step = self._first_step = loaded.step
+        self._checkpoints.set_aside(newer_than=loaded.step)
+        self._cut_records(loaded.step, counted["sizes"])
         self.event("restored", checkpoint=loaded.path.name, skipped=skipped)
         logger.info("resumed at step %d of %d from %s", loaded.step, self.total, loaded.path)
         return True
 
-    def _start_over(self) -> None:
-        if self._last_checkpoint is not None:
-            raise CheckpointError(
-                f"status.json says that step {self._last_checkpoint} was saved, but {self._checkpoints} holds no "
-                "checkpoint; restore one from a backup, or start anew with --overwrite"
-            )
-        logger.warning("nothing was saved in %s yet: starting from the beginning", self.output_dir)
+    def _cut_records(self, step: int, sizes: Mapping[str, int]) -> None:
+        """Forget what was written behind the step that the run goes on from, but not which health notes were said."""
         if self._record is not None:
-            self._record.cut(0, {"metrics": 0, "samples": 0})
-            self._said_before = self._record.health_notes(since=0)
+            self._record.cut(step, sizes)
+            self._said_before = self._record.health_notes(since=step)
 
-    def _load_parts(self, loaded: checkpoint.Loaded) -> None:
-        saved = loaded.state["parts"]
-        if set(saved) != set(self._parts):
-            raise CheckpointError(
-                f"{loaded.path} holds {', '.join(sorted(saved))}, but this run consists of "
-                f"{', '.join(sorted(self._parts))}; resume it with the recipe that wrote it"
-            )
-        for name, part in self._parts.items():
-            part.load_state(saved[name])
-
-    def _compare(self, loaded: checkpoint.Loaded) -> None:
-        """Refuse to resume with other settings, data or machine, unless the user said it may be inexact."""
-        differing = differences(loaded.identity, self._identity())
-        if not differing:
-            return
-        text = "; ".join(differing)
-        ranks = loaded.identity["machine"]["world_size"]
-        if ranks != self.world.world_size:
-            raise CheckpointError(
-                f"{loaded.path} was written by {ranks} processes, one file each, and can only be resumed by as many, "
-                f"not by {self.world.world_size} (then -> now: {text})"
-            )
-        if not self._allow_inexact:
-            raise CheckpointError(
-                f"{loaded.path} belongs to another run than this one (then -> now: {text}); undo these changes, "
-                "or add --allow_inexact to go on all the same (the run is then marked)"
-            )
-        logger.warning("resuming inexactly at step %d (then -> now: %s)", loaded.step, text)
-        self.event("inexact", checkpoint=loaded.path.name, differing=differing)
+    def _describe(self, **more: Any) -> None:
+        """Write to run.json where and on what the run goes on."""
         if self._record is not None:
-            reasons = [f"step {loaded.step}: {line}" for line in differing]
-            self._record.describe(machine=machine(self.world), facts=self._facts, inexact=reasons)
+            self._record.describe(machine=machine(self.world), facts=self._checkpoints.facts, **more)
 
     # ------------------------------------------------------------------------------------------ ending
 
@@ -524,7 +441,10 @@ class Run:
         self._signals.is_deferring = True
         is_best = self._save.final == "best" and self._best.value is not None
         if is_best and self._best.step != self.step:
-            self._load_best()
+            self._checkpoints.load_parts_of(self._best.step)
+            logger.info(
+                "the final model is that of step %d, the best by %s", self._best.step, self._best.metric
+            )
         aside = self.output_dir / ".tmp-final"
         with disk_errors(self.output_dir):
             if self.world.is_main:
@@ -541,11 +461,6 @@ class Run:
         self._write_status("finished")
         self.event("finished", is_best=is_best, seconds=round(self._elapsed(), 1))
         logger.info("finished after %s: the model is in %s", duration(self._elapsed()), self.output_dir)
-
-    def _load_best(self) -> None:
-        path = self._checkpoints / checkpoint.name_of(self._best.step)
-        self._load_parts(checkpoint.read(path, rank=self.world.rank))
-        logger.info("the final model is that of step %d, the best by %s", self._best.step, self._best.metric)
 
     def __enter__(self) -> Self:
         return self

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from kitae.cli.main import main
-
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
@@ -22,16 +20,3 @@ def files(tmp_path, monkeypatch):
     )
     rows("rl.jsonl", lambda i: {"prompt": f"{i}+{i}", "answer": f"{2 * i}", "level": f"L{i % 3}"})
     return tmp_path
-
-
-@pytest.fixture
-def kitae(capsys):
-    """Run a command line: its exit code, standard output and standard error."""
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run

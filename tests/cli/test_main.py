@@ -1,6 +1,7 @@
 """The frame of every command: help without torch, one-line errors, exit codes."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,16 @@ def test_help_needs_no_torch(words):
     done = subprocess.run([sys.executable, "-c", NO_TORCH, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout and not done.stderr
+
+
+def test_characters_that_the_terminal_lacks_are_no_error():
+    says = "import sys; from kitae.cli import main as m; m._dispatch = lambda w: print('\\u65e5 ok') or 0; "
+    says += "sys.exit(m.main([]))"
+    done = subprocess.run(
+        [sys.executable, "-c", says], capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? ok\n", "")
 
 
 SLOW_TO_IMPORT = {

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kitae.cli import _lab
+from kitae.cli import _cases, _lab
 
 RIGHT = "<think>{a}+{a}</think><answer>{b}</answer>"
 
@@ -174,7 +174,7 @@ def test_many_values_are_shown_in_ranges():
 )  # fmt: skip
 def test_completions_are_found_where_people_keep_them(row, texts):
     columns = {"prompt": "frage", "completion": "text"} if "frage" in row else {}
-    cases = _lab.cases_of(row, columns=columns, where="f:1", index=0)
+    cases = _cases.cases_of(row, columns=columns, where="f:1", index=0)
     assert [case.completion for case in cases] == texts
     assert {case.problem.prompt for case in cases} == {"p"}
 
@@ -184,7 +184,7 @@ def test_the_samples_of_a_run_are_rows_and_their_record_is_no_column():
         "step": 3, "problem": 7, "sample": 0, "prompt": "1+1", "completion": "2", "answer": "2", "reward": 0.0,
         "reason": "no <think>", "tokens": 2, "finish_reason": "stop",
     }  # fmt: skip
-    [case] = _lab.cases_of(record, columns={}, where="samples.jsonl:1", index=0)
+    [case] = _cases.cases_of(record, columns={}, where="samples.jsonl:1", index=0)
     assert (case.completion, case.problem.prompt, case.problem.answer) == ("2", "1+1", "2")
     assert case.problem.columns == {}
 
@@ -261,7 +261,7 @@ def test_a_reward_model_by_its_folder_is_compared_with_a_function(lab, tmp_path)
     write(tmp_path / "rows.jsonl", rows)
     code, out, _, report = lab("rm", "math", "rows.jsonl")
     assert code == 0
-    cases = _lab.read_cases(["rows.jsonl"], columns={}, max_rows=None)
+    cases = _cases.read_cases(["rows.jsonl"], columns={}, max_rows=None)
     expected = RewardModel.load("rm").score([(case.completion, case.problem) for case in cases])
     assert [row["scores"]["rm"] for row in report["rows"]] == pytest.approx([s.value for s in expected])
     assert report["rewards"]["rm"]["unscored"] == {expected[4].reason: ["rows.jsonl:5"]}

@@ -11,11 +11,18 @@ import time
 import pytest
 
 from kitae.data.formats import to_example
-from kitae.evaluate.sample import Filter, read_asked, select
+from kitae.evaluate.answers import read_asked
+from kitae.evaluate.rejection import Filter, select
 
-LENGTHS = (
-    "def by_length(completion, *, prompt, answer, **columns):\n    return float(len(completion) % 3 == 0)\n"
-)
+LENGTHS = """
+import os, time
+
+
+def by_length(completion, *, prompt, answer, **columns):
+    if "HOLD_AT" in os.environ and prompt.startswith(os.environ["HOLD_AT"]):
+        time.sleep(300)
+    return float(len(completion) % 3 == 0)
+"""
 RIGHT = "<think>x</think><answer>{}</answer>"
 
 
@@ -125,7 +132,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_file(local, file
         "float32", "--batch_size", "1",
     ]  # fmt: skip
     asked = files / "rows.jsonl.asked.jsonl"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "HOLD_AT": "5+5"}  # to judge it takes too long for the run to end
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and (not asked.exists() or asked.read_bytes().count(b"\n") < 4):
         assert time.monotonic() < deadline
@@ -134,9 +142,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_file(local, file
     process.wait()
     before = asked.read_bytes()
     assert before.count(b"\n") >= 4 and not (files / "rows.jsonl").exists()
-    asked.write_bytes(
-        before[: before.rindex(b"\n") + 1] + b'{"problem": 3, "sam'
-    )  # and in the middle of a line
+    # And in the middle of a line.
+    asked.write_bytes(before[: before.rindex(b"\n") + 1] + b'{"problem": 3, "sam')
     code, _, err = local(batch_size=1)
     assert code == 0 and "answers are there already" in err
     assert asked.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
@@ -399,7 +406,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(files, endpoint):
 
 
 def test_one_sampling_at_a_time_writes_a_file(remote, files, endpoint):
-    from kitae.evaluate.sample import Asked
+    from kitae.evaluate.answers import Asked
 
     endpoint.reply = solve
     assert remote()[0] == 0

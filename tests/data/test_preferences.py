@@ -16,7 +16,7 @@ from kitae.data.pairs import RenderedPairs, WithMismatched
 from kitae.data.preferences import to_preference
 from kitae.data.readers import strict_json
 from kitae.data.sources import open_dataset
-from kitae.errors import DataError
+from kitae.errors import DataError, PlanError
 from kitae.models.toy import make_tokenizer
 
 U, A = "user", "assistant"
@@ -54,6 +54,14 @@ PAIRS = [
     ),
     ({"prompt": turns((U, "q")), "chosen": whole(last="good"), "rejected": whole(last="bad")}, QUESTION),
     ({"prompt": "q", "chosen": whole(last="good"), "rejected": whole(last="bad")}, QUESTION),
+    (  # Colossal-AI's
+        {
+            "context": [{"from": U, "content": "q"}],
+            "chosen": whole(last="good"),
+            "rejected": whole(last="bad"),
+        },
+        QUESTION,
+    ),
     ({"chosen": whole((U, "q"), last="good"), "rejected": whole((U, "q"), last="bad")}, QUESTION),
     (  # the whole conversation beside its prompt
         {"prompt": "q", "chosen": whole((U, "q"), last="good"), "rejected": whole((U, "q"), last="bad")},
@@ -341,6 +349,18 @@ def test_rows_that_the_template_refuses_are_listed_together(tmp_path, template):
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be used.*\n.*rows.jsonl:1: .*never closes"):
         rendered(tmp_path, records, template)
     assert len(rendered(tmp_path, records, template, skip_bad=True)) == 1
+
+
+def test_a_full_disk_is_no_bad_row(tmp_path, template, monkeypatch):
+    def full(self, record):
+        raise self._full(OSError(28, "No space left on device"))
+
+    dataset = opened(
+        write(tmp_path / "rows.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}]), purpose="pairs"
+    )
+    monkeypatch.setattr("kitae.data.store.RecordStore.append", full)
+    with pytest.raises(PlanError, match="No space left on device"):
+        RenderedPairs(dataset, template=template, max_length=1000, skip_bad=True)
 
 
 def test_kto_takes_labels_and_unpairs_pairs(tmp_path, template):

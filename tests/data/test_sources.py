@@ -11,7 +11,7 @@ from kitae.config import DataSettings
 from kitae.data import readers, sources
 from kitae.data.files import expand, select_split
 from kitae.data.sources import open_dataset
-from kitae.errors import DataError, MissingExtraError
+from kitae.errors import DataError, MissingExtraError, PlanError
 
 ROW = {"prompt": "2+2?", "completion": "4"}
 LINE = json.dumps(ROW).encode()
@@ -308,7 +308,7 @@ def test_a_full_disk_is_an_error_that_says_where(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kitae.data.store.tempfile.TemporaryFile", lambda **_: Full())
-    with pytest.raises(DataError, match="No space left on device; free space there or point TMPDIR"):
+    with pytest.raises(PlanError, match="No space left on device; free space there or point TMPDIR"):
         opened(written(tmp_path / "a.jsonl", LINE))
 
 

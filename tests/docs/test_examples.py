@@ -9,7 +9,7 @@ import pytest
 
 import kitae
 from kitae.cli import quickstart
-from kitae.settings import checks, resolve
+from kitae.settings import aliases, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(
@@ -55,7 +55,7 @@ def worked_pair(i):
     return {"prompt": f"What is {i}+{i}?", "chosen": f"It is {2 * i}.", "rejected": f"{2 * i + 1}"}
 
 
-ROWS_OF = dict.fromkeys(("reward_model", *checks.PREFERENCE), worked_pair)
+ROWS_OF = dict.fromkeys(("reward_model", *aliases.PREFERENCE), worked_pair)
 """What a recipe's data is made of, where that is not problems."""
 
 

@@ -35,6 +35,7 @@ COLUMN = 33
 """Where the layout of the architecture page says what its files are."""
 METRIC = r"(train|eval|rollout|perf|time)/\w+"
 OTHER_FLAGS = {
+    "--config",
     "--tensor-parallel-size",
     "--enable-expert-parallel",
     "--reasoning-parser",

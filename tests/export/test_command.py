@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 import torch
 
 import kitae as package
+from kitae.cli._gate import told
 from kitae.cli.completion import words
 from kitae.cli.export import _Lines
-from kitae.cli.main import main
 from kitae.errors import ConfigError
+from kitae.export.verify import verify
 from kitae.train.files import human
 from tests.export.conftest import tensors_of, write_model
-
-
-@pytest.fixture
-def kitae(capsys):
-    """Run a command line: its exit code, standard output and standard error."""
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
@@ -50,6 +40,36 @@ def test_merge_says_how_many_tensors_changed_and_writes_it_as_json(kitae, adapte
         str(out),
     )
     assert kitae("generate", out, "2+2", "--max_new_tokens", 2)[0] == 0
+
+
+def test_a_comparison_that_takes_long_says_what_it_is_at(capsys):
+    with told(every_s=0.01) as say:
+        say("m.gguf answers the same prompts")
+        while "comparing for" not in (said := capsys.readouterr().err):
+            time.sleep(0.01)
+    assert re.search(r"^kitae: comparing for 0 s: (it begins|m.gguf answers the same prompts)$", said, re.M)
+
+
+def test_the_stages_of_a_comparison_are_told(adapter, tiny):
+    stages = []
+    verify(str(adapter), [tiny("llama")], say=stages.append)
+    name = tiny("llama").name
+    assert [s.removeprefix(f"{adapter} ").removeprefix(f"{tiny('llama')} ") for s in stages] == [
+        "answers 6 prompts", "without the adapter answers them", f"the tensors of {name} are compared",
+        f"{name} answers the same prompts",
+    ]  # fmt: skip
+
+
+def test_a_verb_alone_and_an_output_without_a_name_are_refused(kitae, adapter):
+    assert (
+        kitae("export", "merge")[2] == "kitae: error: nothing is named; kitae export merge --help says how\n"
+    )
+    for output in (".", "..", "/"):
+        code, _, err = kitae("export", "merge", adapter, "--output", output)
+        assert (code, err) == (
+            2,
+            f"kitae: error: output is '{output}', which names no new folder; give it a name\n",
+        )
 
 
 def test_a_runs_adapter_becomes_a_model_that_is_asked_as_the_run_was_taught(
@@ -146,7 +166,7 @@ def test_ctrl_c_says_how_to_go_on(kitae, adapter, tmp_path, monkeypatch):
 
 
 def test_help_and_completion_know_the_verbs(kitae):
-    assert "export merge|gguf|fp8-to-bf16|bf16-to-fp8 MODEL --output DIR" in kitae("export")[1]
+    assert "merge ADAPTER --output DIR " in kitae("export")[1]
     assert "--scale_format" in kitae("export", "bf16-to-fp8", "--help")[1]
     found = words()
     assert found["export",] == ["merge", "gguf", "fp8-to-bf16", "bf16-to-fp8", "verify"]

@@ -40,9 +40,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     verb, *rest = command
     asked = ["export", verb, str(adapter), *rest, "--output", str(folder / "out")]
     assert main(asked) == 2 and "disk too small: need" in capsys.readouterr().err
-    monkeypatch.setattr(
-        shards, "free_bytes", lambda _: 1 << 40
-    )  # the space that another program takes meanwhile
+    # The space that another program takes meanwhile.
+    monkeypatch.setattr(shards, "free_bytes", lambda _: 1 << 40)
     resize("16k")
     assert main(asked) == 2
     said = capsys.readouterr().err

@@ -337,9 +337,8 @@ def test_blocks_are_computed_where_it_is_said(fp8_model, tmp_path, monkeypatch):
             package.export("fp8-to-bf16", fp8_model, tmp_path / "b", device="cuda")
         package.export("fp8-to-bf16", fp8_model, tmp_path / "b", no_verify=True)
         assert all(kinds == {"cpu"} for kinds in asked)
-        with pytest.raises(
-            RuntimeError, match="meta tensor"
-        ):  # a device that has no numbers is asked for them
+        # A device that has no numbers is asked for them.
+        with pytest.raises(RuntimeError, match="meta tensor"):
             fp8_to_bf16(
                 str(fp8_model), How(output=tmp_path / "c", device=torch.device("meta"), num_workers=1)
             )

@@ -219,6 +219,39 @@ def test_the_system_prompt_of_training_is_in_the_template(tiny, tmp_path):
     assert found["rendered"] == [wanted]
 
 
+TURNS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+LLAMA3_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "1 Jan" %}{%- endif %}'
+    "{%- endif %}{{- 'Today: ' + date_string + '\\n' }}"
+)
+MINIMIND_SWITCH = (
+    "{%- if add_generation_prompt %}{%- if open_thinking is defined and open_thinking is true %}{{- '<think>\\n' }}"
+    "{%- else %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
+
+
+@llama_cpp
+@pytest.mark.parametrize(
+    ("jinja", "begin", "end"),
+    [
+        (LLAMA3_DATE + TURNS, "Today: 26 Jul 2024\n", "assistant\n"),
+        (TURNS + MINIMIND_SWITCH, "", "<think>\n"),
+    ],
+    ids=["today", "thinking"],
+)
+def test_todays_date_and_the_switch_for_thinking_are_those_of_training(jinja, begin, end, tiny, tmp_path):
+    folder = shutil.copytree(tiny("qwen3"), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(jinja)
+    report = package.export("gguf", folder, tmp_path / "m.gguf", type="f16")
+    assert report["verify"]["passed"]
+    [rendered] = answers(tmp_path / "m.gguf", IDS, FORCED, size=112)["rendered"]
+    assert rendered.startswith(f"{begin}<|im_start|>user\nhi<|im_end|>") and rendered.endswith(end)
+
+
 def test_what_is_read_back_is_what_was_written(tiny, tmp_path):
     from tests.export.conftest import tensors_of
 

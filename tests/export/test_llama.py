@@ -14,13 +14,13 @@ from kitae.export import verify_llama
 from kitae.export.verify import compare
 from kitae.export.verify_llama import run_llama_cpp, watch
 
-CHATTY = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.1)"
+CHATTY = "import time\nfor i in range(8): print(i, flush=True); time.sleep(0.5)"
 SILENT = "import time; print('begun', flush=True); time.sleep(60)"
 CLOSED = "import os, time; print('begun', flush=True); os.close(1); os.close(2); time.sleep(60)"
 
 
 def test_a_process_that_says_something_now_and_then_may_take_its_time():
-    code, output = watch([sys.executable, "-c", CHATTY], silent_s=0.5)
+    code, output = watch([sys.executable, "-c", CHATTY], silent_s=3)
     assert code == 0 and output.split() == list("01234567")
 
 
@@ -29,7 +29,7 @@ def test_one_that_falls_silent_is_killed(program):
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         watch([sys.executable, "-c", program], silent_s=0.5)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
 
 
 def test_how_it_ends_is_told():

@@ -266,9 +266,8 @@ def test_merging_into_fp8_shards(dtype, tiny, tmp_path):
         elif "experts." not in name:
             assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
             assert torch.equal(found[f"{name}_scale_inv"], scale)
-    assert (
-        report["changed"] == 2 + 2 + 2 + 16
-    )  # o_proj, dense layer, shared experts, experts; gate and up each
+    # o_proj, dense layer, shared experts, experts; gate and up each.
+    assert report["changed"] == 2 + 2 + 2 + 16
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("quantization_config" in config) == (dtype == "fp8")
     settings = ModelSettings(name_or_path=str(tmp_path / "out"), device="cpu", dtype="bfloat16")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Life:
             self.code = self.server.ask(command="poll", pid=self.pid)
         return self.code
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 300.0) -> int:
         deadline = time.monotonic() + seconds
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -37,6 +38,14 @@ class Life:
                 raise TimeoutError(f"the trainer did not end in {seconds} s: {self.text()}")
             time.sleep(0.002)
         return code
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until it comes true while the trainer lives."""
+        deadline = time.monotonic() + 300.0
+        while not condition():
+            assert self.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.002)
 
     def signal(self, number: int) -> None:
         if self.poll() is None:
@@ -98,7 +107,7 @@ class Server:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=120)
 
 
 def serve() -> None:

@@ -91,9 +91,8 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         optimizer = self.optimizer.state_dict()
-        optimizer[
-            "state"
-        ] = {  # copied: what the checkpoint's file backs would keep its space after it is removed
+        # Copied: what the checkpoint's file backs would keep its space after it is removed.
+        optimizer["state"] = {
             int(index): {name: value.clone() for name, value in entry.items()}
             for index, entry in state["moments"].items()
         }
@@ -113,7 +112,7 @@ def train(
     seed: int = 0,
     patience: int = 0,
     seconds_per_step: float = 0.0,
-    seconds_per_save: float = 0.0,
+    hold: tuple[str, int, str] | None = None,
     raise_at: int = 0,
     threads: int = 1,
     facts: dict[str, Any] | None = None,
@@ -121,7 +120,7 @@ def train(
     config: dict[str, Any] | None = None,
     **opening: Any,
 ) -> Trainer:
-    """Train to the end, or go on with resume=True."""
+    """Train to the end, or go on with resume=True; `hold` is that of `Hold`."""
     torch.set_num_threads(threads)
     settings = {"train": {"seed": seed, "max_steps": total}, "width": width, **(config or {})}
     with Run.open(
@@ -139,13 +138,15 @@ def train(
         torch.manual_seed(seed)
         trainer, order = Trainer(width=width), Order()
         run.identify(**(facts or {"data_hash": "abc"}))
-        part = SlowToSave(trainer, seconds_per_save) if seconds_per_save else trainer
-        run.track("trainer", part, grows_by=grows_by)
+        held = Hold(trainer, *(hold or ("nowhere", 0, "")))
+        run.track("trainer", held, grows_by=grows_by)
         run.track("order", order)
         for step in run.steps(total, evaluate=trainer.evaluate if evaluation else None):
+            held.step = step
             metrics = trainer.step(order)
             if step == raise_at:
                 raise ArithmeticError(f"planned at step {step}")
+            held.wait_in("step")
             time.sleep(seconds_per_step)
             run.log(step, metrics)
             run.samples(step, [{"completion": f"text of step {step}", "reward": metrics["train/loss"]}])
@@ -160,14 +161,26 @@ def save_model(trainer: Trainer, folder: Path) -> None:
     (folder / "extra" / "tokens.json").write_text("[]")
 
 
-class SlowToSave:
-    """A part whose state takes its time, so that a signal can strike inside a save."""
+class Hold:
+    """The trainer, and one place where it waits once, so that a fault can strike there: in a step, or in its save.
 
-    def __init__(self, trainer: Trainer, seconds: float) -> None:
-        self.trainer, self.seconds = trainer, seconds
+    Step 0 is before the first one, when its state is looked at. It makes a file, and waits until that is removed.
+    """
+
+    def __init__(self, trainer: Trainer, place: str, at_step: int, file: str) -> None:
+        self.trainer, self.place, self.at_step, self.file = trainer, place, at_step, Path(file)
+        self.step, self.has_waited = 0, False
+
+    def wait_in(self, place: str) -> None:
+        if (place, self.step) != (self.place, self.at_step) or self.has_waited:
+            return
+        self.has_waited = True
+        self.file.touch()
+        while self.file.exists():
+            time.sleep(0.002)
 
     def state(self) -> dict[str, Any]:
-        time.sleep(self.seconds)
+        self.wait_in("save")
         return self.trainer.state()
 
     def load_state(self, state: dict[str, Any]) -> None:

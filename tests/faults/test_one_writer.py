@@ -16,14 +16,14 @@ from kitae.train.folder import Lock
 
 def test_a_second_run_is_refused_and_names_the_first(server: Server, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = server.start(folder, seconds_per_step=0.5)
-    while not (folder / "status.json").exists():
-        time.sleep(0.01)
+    held = tmp_path / "held"
+    first = server.start(folder, hold=["step", 1, str(held)])
+    first.wait_until(held.exists)
     for way in ({}, {"resume": True}, {"overwrite": True}):
         began = time.monotonic()
         second = server.run(folder, **way)
         assert second.code == 75
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         text = second.text()
         assert f"in use by process {first.pid} on {os.uname().nodename}, started 20" in text
         assert len(text.strip().splitlines()) == 1

@@ -44,10 +44,11 @@ def traced(server: Server, folder: Path, log: Path, *injection: str) -> Life:
     command = ["strace", "-f", "-q", "-y", "-o", str(log), "-p", str(life.pid), "-e", f"trace={CALLS}"]
     tracer = subprocess.Popen([*command, *injection], stderr=subprocess.DEVNULL)
     while "TracerPid:\t0" in Path(f"/proc/{life.pid}/status").read_text():
+        assert tracer.poll() is None, "strace could not attach"
         time.sleep(0.002)
     life.signal(signal.SIGCONT)
     life.wait()
-    tracer.wait(timeout=30)
+    tracer.wait(timeout=120)
     return life
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kitae.config import as_json
-from kitae.health import RULES, Watch
+from kitae.health import Watch
+from kitae.health.rules import RULES
 from kitae.plugins import names_in
 from kitae.settings import settings_class
 from kitae.settings.fields import settings_of

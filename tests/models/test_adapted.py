@@ -41,9 +41,8 @@ def plain_output(layer, x):
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("names", [["q_proj", "k_proj", "v_proj"], ["o_proj"]])
 def test_values_and_gradients_equal_the_formula(names, rows, dtype, tolerance, policy_of):
-    policy = policy_of(
-        "qwen2", lora=LoraSettings(rank=R, alpha=6)
-    )  # its queries, keys and values have biases
+    # Its queries, keys and values have biases.
+    policy = policy_of("qwen2", lora=LoraSettings(rank=R, alpha=6))
     randomise(policy)
     attention = policy.causal_lm.model.layers[1].self_attn.to(dtype)
     layers = [getattr(attention, name) for name in names]

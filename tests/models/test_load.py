@@ -294,6 +294,12 @@ def test_an_adapter_on_an_adapter_or_on_nothing_is_refused(tmp_path):
     for name, base in (("a", None), ("b", str(tmp_path / "a")), ("c", str(tmp_path / "b"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "b" / "adapter_config.json").write_text('{"base_model_name_or_path": "../moved/away"}')
+    said = (
+        r"the base of .*no such folder: ../moved/away \(set: base_model_name_or_path in .*adapter_config.json"
+    )
+    with pytest.raises(ModelError, match=said):
+        load_policy(settings_of(tmp_path / "b"))
     with pytest.raises(ModelError, match="names no base_model_name_or_path"):
         load_policy(settings_of(tmp_path / "a"))
 

@@ -153,9 +153,8 @@ def test_attention_over_many_blocks_of_queries_and_keys(dtype):
 
 def test_attention_reads_heads_where_they_lie():
     packing = Packing(segments=SEGMENTS, num_tokens=256)
-    together = rows_of(
-        256, 2, 40
-    )  # queries, keys and values of a head side by side, as latent attention has them
+    # Queries, keys and values of a head side by side, as latent attention has them.
+    together = rows_of(256, 2, 40)
 
     def attended(x):
         return attention.attend(*x.split((16, 16, 8), -1), packing, scaling=0.3, kernels=True)

@@ -1,6 +1,7 @@
 """Starting ranks: who ends whom, whose error is shown, and with which exit code."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def launch_in_process(tmp_path: Path, code: str, *, nproc: int) -> subprocess.Po
 
 
 def wait_for(paths: list[Path]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, f"{paths} did not appear"
         time.sleep(0.02)
@@ -69,7 +70,7 @@ def test_the_first_failure_is_shown_ends_the_others_and_gives_the_exit_code(tmp_
     )
     started = time.monotonic()
     assert launch([], nproc_per_node=3, program=program) == 2
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 45
     shown = capfd.readouterr().err
     assert "rank 1 of 3 failed first, with exit code 2" in shown
     assert "DataError: rows.jsonl:7 has no answer" in shown
@@ -96,7 +97,7 @@ def test_a_rank_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     )
     started = time.monotonic()
     assert launch([], nproc_per_node=2, program=program) == 70
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 45
 
 
 def test_a_rank_ended_by_a_signal_gives_128_plus_its_number(tmp_path, capfd):
@@ -124,7 +125,7 @@ def test_a_signal_is_passed_on_once_and_its_exit_code_comes_back(tmp_path, numbe
     )
     wait_for([tmp_path / "ready0", tmp_path / "ready1"])
     process.send_signal(number)
-    _, shown = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=120)
     assert process.returncode == code
     assert "failed" not in shown
 
@@ -137,13 +138,16 @@ def test_the_third_signal_kills_ranks_that_hear_none(tmp_path):
         """
     process = launch_in_process(tmp_path, code, nproc=2)
     wait_for([tmp_path / f"ready{rank}" for rank in (0, 1)])
-    for _ in range(3):
-        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    while not select.select([process.stderr], [], [], 5)[0]:  # two that come together are heard as one
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-    _, err = process.communicate(timeout=20)
+    assert "one more signal kills the ranks" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "one more signal kills the ranks" in err
 
 
 def test_ranks_stopped_while_they_start_are_no_failure(tmp_path):
@@ -155,7 +159,7 @@ def test_ranks_stopped_while_they_start_are_no_failure(tmp_path):
     process = launch_in_process(tmp_path, code, nproc=2)
     wait_for([tmp_path / "ready0", tmp_path / "ready1"])
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=30)
+    _, shown = process.communicate(timeout=120)
     assert (process.returncode, shown) == (130, "")
 
 
@@ -177,8 +181,8 @@ def test_ranks_die_with_a_killed_launcher(tmp_path):
     wait_for(paths)
     pids = [int(path.read_text()) for path in paths]
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(is_running(pid) for pid in pids)

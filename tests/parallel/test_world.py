@@ -100,5 +100,5 @@ def test_ranks_of_torchrun_meet_at_its_address(tmp_path):
         "2",
         str(script),
     ]
-    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
     assert [(tmp_path / f"sum{rank}").read_text() for rank in (0, 1)] == ["3.0", "3.0"]

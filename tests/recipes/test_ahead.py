@@ -235,14 +235,24 @@ def test_an_error_while_sampling_ahead_ends_the_run(run, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["generic", "native"])
-def test_closing_waits_for_no_completion(kind, tiny, kernels):
-    """The completions would be 400 tokens long: whoever waits for one sees it."""
+def test_closing_waits_for_no_completion(kind, tiny, kernels, monkeypatch):
+    """The completions would be 400 tokens long, and no more than their first come before it is closed."""
     policy = load_policy(ModelSettings(name_or_path=str(tiny("qwen3")), device="cpu", dtype="float32"))
     how = {"stop_ids": [], "decode": lambda ids: "x" * len(ids), "max_rows": 2}
     engine = (
         GenericEngine(policy, **how) if kind == "generic" else NativeEngine(policy, kernels=kernels, **how)
     )
     background, finished = BackgroundEngine(engine, source=policy), []
+    generate = engine.generate
+
+    def until_closed(problems, *, on_tokens, **how):
+        def first_wait(*place):
+            assert background._is_closed.wait(60)
+            on_tokens(*place)
+
+        return generate(problems, on_tokens=first_wait, **how)
+
+    monkeypatch.setattr(engine, "generate", until_closed)
     problems = [Problem(prompt="1", token_ids=[3, 4, 5], answer="1")]
     background.sync()
     future = background.begin(

@@ -100,7 +100,7 @@ def test_the_guides_torchrun_line_trains_on_two_ranks(place):
     path = os.pathsep.join([str(place / "packages"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
         [*torchrun, "-m", "kitae", "train", "sft", *shlex.split(SFT_GUIDE)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # A row of 20 is held out for evaluation; the others are 3 steps of 2 ranks x 2 x 2 rows, the last of 3.

@@ -88,7 +88,7 @@ def test_hostile_answers_are_wrong_within_their_budget_and_the_next_one_is_judge
             (score,) = pool.score([(right_form(answer), problem())])
             seconds = time.monotonic() - began
             assert score.value == 1.0, (name, score)
-            assert seconds < 5, (name, seconds)  # 0.3 s of CPU time
+            assert seconds < 20, (name, seconds)  # 0.3 s of CPU time, or 1.5 s in all
         assert pool.score([(right_form(r"\frac{2}{6}"), problem())] * 2) == [(10.0, "right")] * 2
     assert not Path("pwned").exists()
 
@@ -253,7 +253,7 @@ def test_a_file_may_say_what_exhausting_the_time_is_worth(reward_file):
 
 def test_waiting_for_longer_than_the_limit_of_cpu_time_is_no_failure(reward_file):
     body = "began = time.monotonic()\ntime.sleep(1.2)\nreturn time.monotonic() - began"
-    with pool_with(reward_file(body, before="import time"), timeout_s=0.4) as pool:
+    with pool_with(reward_file(body, before="import time"), timeout_s=1.0) as pool:
         (score,) = pool.score([("x", problem())])
     assert score.value >= 1.2
 
@@ -334,7 +334,7 @@ def is_gone(pid):
         return True
 
 
-def wait_until_gone(pids, *, seconds=10):
+def wait_until_gone(pids, *, seconds=60):
     deadline = time.monotonic() + seconds
     while not all(map(is_gone, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -349,7 +349,7 @@ def test_killed_workers_leave_no_zombies_and_closing_leaves_no_process():
         workers = children(nursery)
         assert len(workers) == 3
         assert not [pid for pid in workers if is_gone(pid)]
-    assert set(children(os.getpid())) == before
+    assert set(children(os.getpid())) <= before
     assert wait_until_gone([nursery, *workers]) == []
 
 
@@ -389,7 +389,7 @@ def test_workers_die_with_a_trainer_that_is_killed():
     try:
         nursery = int(trainer.stdout.readline())
         started = time.monotonic()
-        while len(workers := children(nursery)) < 2 and time.monotonic() < started + 10:
+        while len(workers := children(nursery)) < 2 and time.monotonic() < started + 60:
             time.sleep(0.02)
         assert len(workers) == 2
     finally:
@@ -411,5 +411,5 @@ def test_the_pool_works_from_a_script_without_a_main_guard_and_needs_no_torch(tm
     (tmp_path / "judge.py").write_text(
         "import sys\ndef reward(completion, *, prompt, answer, **columns):\n    return 'torch' in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout and json.loads(done.stdout) == [0.0, "", False], done.stderr

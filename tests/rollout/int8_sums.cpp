@@ -29,10 +29,10 @@ void test_product(
     Scratch scratch{};
     scratch.integers = integers;
     scratch.row_scales = scales;
-    Phase phases[2];
+    Course course(2);
 #pragma omp parallel num_threads(threads)
     multiply(
-        Team(threads, phases), scratch, x, size, rows, *matrix, [&](int64_t row, int64_t block, const float* numbers) {
+        Team(threads, course), scratch, x, size, rows, *matrix, [&](int64_t row, int64_t block, const float* numbers) {
             std::memcpy(out + row * matrix->columns + block * BLOCK, numbers, BLOCK * sizeof(float));
         });
 }

@@ -19,9 +19,8 @@ from kitae.rollout.generic import GenericEngine
 from kitae.types import Problem, Rollout, Row
 
 LENGTHS = [3, 17, 40, 1, 70]
-SHARP = {
-    "initializer_range": 0.2
-}  # random weights large enough that likely and unlikely tokens differ clearly
+# Random weights large enough that likely and unlikely tokens differ clearly.
+SHARP = {"initializer_range": 0.2}
 STOP = 2
 
 
@@ -41,6 +40,20 @@ def problems_of(lengths: list[int] = LENGTHS) -> list[Problem]:
     return [
         Problem(prompt="", token_ids=torch.randint(3, 100, (n,), generator=numbers).tolist(), index=10 + i)
         for i, n in enumerate(lengths)
+    ]
+
+
+def rows_of(groups: list[list[Rollout]]) -> list[Row]:
+    return [
+        Row(
+            token_ids=r.problem.token_ids + r.token_ids,
+            loss_mask=[False] * len(r.problem.token_ids) + [True] * len(r.token_ids),
+            prompt_length=len(r.problem.token_ids),
+            streams={"old_logprobs": [0.0] * len(r.problem.token_ids) + r.logprobs},
+            kept_ids=None if r.kept_ids is None else [[]] * len(r.problem.token_ids) + r.kept_ids,
+        )
+        for group in groups
+        for r in group
     ]
 
 
@@ -106,18 +119,7 @@ def test_the_ratio_at_the_first_update_is_one(
 ):
     policy = policy_of(tiny(family, **SHARP))
     groups = engine_of(policy, max_rows=8).generate(problems_of(), n=4, sampling=sampling, seed=1)
-    rows = [
-        Row(
-            token_ids=r.problem.token_ids + r.token_ids,
-            loss_mask=[False] * len(r.problem.token_ids) + [True] * len(r.token_ids),
-            prompt_length=len(r.problem.token_ids),
-            streams={"old_logprobs": [0.0] * len(r.problem.token_ids) + r.logprobs},
-            kept_ids=None if r.kept_ids is None else [[]] * len(r.problem.token_ids) + r.kept_ids,
-        )
-        for group in groups
-        for r in group
-    ]
-    for batch in collate(rows, rows_per_forward=7, temperature=sampling.temperature):
+    for batch in collate(rows_of(groups), rows_per_forward=7, temperature=sampling.temperature):
         with torch.no_grad():
             logprobs_N = policy(batch).logprobs_N
         ratio_N = (logprobs_N - batch.streams["old_logprobs"]).exp()

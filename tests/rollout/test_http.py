@@ -11,7 +11,9 @@ import pytest
 from kitae.config import SamplingSettings
 from kitae.errors import ConfigError, EndpointError
 from kitae.rollout.base import request_seed
-from kitae.rollout.http import Endpoint, HttpEngine, as_text, chat_url, is_loopback, parse
+from kitae.rollout.endpoint import Endpoint, chat_url, is_loopback
+from kitae.rollout.http import HttpEngine
+from kitae.rollout.reply import as_text, parse
 from kitae.types import Problem
 
 SAMPLING = SamplingSettings(max_new_tokens=64, temperature=0.5)
@@ -23,7 +25,7 @@ def problems(count):
 
 
 def engine_of(endpoint, *, concurrency=4, **how):
-    how = {"timeout_s": 5.0, "retry_wait_s": 0.001, "max_attempts": 3, **how}
+    how = {"timeout_s": 60.0, "retry_wait_s": 0.001, "max_attempts": 3, **how}
     asked = Endpoint(base_url=endpoint.url, model="teacher", **how)
     return HttpEngine(
         asked, messages_of=lambda p: [{"role": "user", "content": p.prompt}], concurrency=concurrency
@@ -79,13 +81,16 @@ def test_what_is_sent_is_what_the_settings_say(endpoint):
 
 
 def test_no_more_than_concurrency_are_under_way(endpoint):
+    together = threading.Barrier(3, timeout=30)
+
     def slow(number, body):
+        together.wait()
         time.sleep(0.03)
         return "4"
 
     endpoint.reply = slow
     engine_of(endpoint, concurrency=3).generate(problems(9), n=1, sampling=SAMPLING, seed=0)
-    assert 2 <= endpoint.most_under_way <= 3
+    assert endpoint.most_under_way == 3
 
 
 def broken(number, body):
@@ -116,7 +121,7 @@ def test_what_may_pass_is_tried_again(endpoint, failure, caplog):
         return "4"
 
     endpoint.reply = reply
-    assert ask(engine_of(endpoint, timeout_s=2.0)).text == "4"
+    assert ask(engine_of(endpoint)).text == "4"
     [warning] = caplog.messages
     assert warning.startswith("problem 10, answer 2: ") and "attempt 1 of 3, the next in 0.0 s" in warning
     assert len(endpoint.bodies) == 2 and endpoint.bodies[0] == endpoint.bodies[1]
@@ -127,11 +132,11 @@ def test_an_answer_that_takes_too_long_is_tried_again(endpoint):
 
     def reply(number, body):
         if number == 0:
-            gate.wait(5)
+            gate.wait(60)
         return "4"
 
     endpoint.reply = reply
-    assert ask(engine_of(endpoint, timeout_s=0.2)).text == "4"
+    assert ask(engine_of(endpoint, timeout_s=2.0)).text == "4"
     gate.set()
     assert len(endpoint.bodies) == 2
 
@@ -141,7 +146,7 @@ def test_an_answer_that_drips_is_given_up_in_time(endpoint):
 
     def drip(file):
         with contextlib.suppress(OSError):
-            for _ in range(100):
+            for _ in range(3000):
                 file.write(b" ")
                 file.flush()
                 time.sleep(0.02)
@@ -150,7 +155,7 @@ def test_an_answer_that_drips_is_given_up_in_time(endpoint):
     began = time.monotonic()
     with pytest.raises(EndpointError, match=r"no whole answer within timeout_s = 0\.2"):
         ask(engine_of(endpoint, timeout_s=0.2, max_attempts=2))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 def test_attempts_end_and_the_error_says_what_happened_last(endpoint):
@@ -200,14 +205,20 @@ def test_after_a_failure_nothing_is_begun_and_what_is_under_way_is_given(endpoin
     def reply(number, body):
         if body["messages"][0]["content"] == "1+1":
             return 400, {}, b"no"
-        gate.wait(5)
+        gate.wait(60)
         return "4"
+
+    def asked(problem):
+        try:
+            return engine.ask(problem, 0, sampling=SAMPLING, seed=0)
+        except EndpointError:
+            threading.Timer(0.3, gate.set).start()
+            raise
 
     endpoint.reply = reply
     engine = engine_of(endpoint, concurrency=2)
-    threading.Timer(0.3, gate.set).start()
     given = []
-    found = engine.each(problems(6), lambda p: engine.ask(p, 0, sampling=SAMPLING, seed=0))
+    found = engine.each(problems(6), asked)
     with pytest.raises(EndpointError, match="HTTP 400"):
         given.extend(rollout.problem.prompt for rollout in found)
     assert given == ["0+0"] and len(endpoint.bodies) == 2

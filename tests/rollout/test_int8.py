@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
-import random
 from ctypes import POINTER, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,17 @@ from kitae.rollout.packed import PackedModel
 from kitae.rollout.structs import pointer
 from kitae.types import Rollout
 from tests.rollout import test_native, test_native_experts
-from tests.rollout.test_native import EDGES, STOP, differences, policy_of, problems_of, rows_of, spell
+from tests.rollout.test_generic import rows_of
+from tests.rollout.test_native import (
+    EDGES,
+    STOP,
+    bits,
+    differences,
+    policy_of,
+    problems_of,
+    require_same_bits_in_any_company,
+    spell,
+)
 
 SHAPES = {
     "qwen3": test_native, "qwen2 with biases": test_native, "llama": test_native, "odd sizes": test_native,
@@ -47,10 +57,6 @@ def engine_of(policy: Policy, kernels: ctypes.CDLL, *, max_rows: int = 64) -> Na
     return NativeEngine(
         policy, kernels=kernels, stop_ids=(STOP,), decode=spell, max_rows=max_rows, quantization="int8"
     )
-
-
-def bits(groups: list[list[Rollout]]) -> list[list[tuple[list[int], list[float]]]]:
-    return [[(r.token_ids, r.logprobs) for r in group] for group in groups]
 
 
 # the products ------------------------------------------------------------------------------------------------------
@@ -221,25 +227,8 @@ def test_a_completion_has_the_same_bits_in_any_company(
     root: Path, kernels: ctypes.CDLL, shape: str, dtype: str
 ):
     policy = policy_of(folder_of(root, shape), dtype=dtype)
-    problems = problems_of([1, 15, 16, 17, 32, 5, 40, 290])
-    sampling = SamplingSettings(temperature=0.9, max_new_tokens=24)
-    alone = {
-        p.index: bits(engine_of(policy, kernels).generate([p], n=5, sampling=sampling, seed=7))[0]
-        for p in problems
-    }
-    numbers = random.Random(0)
-    before = torch.get_num_threads()
-    try:
-        for _ in range(34):
-            some = numbers.sample(problems, numbers.randint(1, len(problems)))
-            n, max_rows = numbers.randint(1, 5), numbers.choice([1, 2, 3, 7, 12, 40])
-            torch.set_num_threads(numbers.choice([1, 2, 3]))
-            groups = engine_of(policy, kernels, max_rows=max_rows).generate(
-                some, n=n, sampling=sampling, seed=7
-            )
-            assert bits(groups) == [alone[p.index][:n] for p in some]
-    finally:
-        torch.set_num_threads(before)
+    engine = functools.partial(engine_of, policy, kernels)
+    require_same_bits_in_any_company(engine, max_new_tokens=24, mixes=34)
 
 
 @pytest.mark.parametrize("shape", ["qwen3", "v3"])

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import platform
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from kitae.models.toy import make_config
 from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
+from kitae.rollout.shapes import why_not_native
 from kitae.types import Problem, Rollout, Row
+from tests.rollout.test_generic import rows_of
 
 STOP = 2
 VOCABULARY = 331  # no multiple of anything
@@ -124,20 +127,6 @@ def tokens(groups: list[list[Rollout]]) -> list[list[list[int]]]:
     return [[r.token_ids for r in group] for group in groups]
 
 
-def rows_of(groups: list[list[Rollout]]) -> list[Row]:
-    return [
-        Row(
-            token_ids=r.problem.token_ids + r.token_ids,
-            loss_mask=[False] * len(r.problem.token_ids) + [True] * len(r.token_ids),
-            prompt_length=len(r.problem.token_ids),
-            streams={"old_logprobs": [0.0] * len(r.problem.token_ids) + r.logprobs},
-            kept_ids=None if r.kept_ids is None else [[]] * len(r.problem.token_ids) + r.kept_ids,
-        )
-        for group in groups
-        for r in group
-    ]
-
-
 def differences(policy: Policy, groups: list[list[Rollout]], *, temperature: float) -> torch.Tensor:
     """Log-probs the learner gives minus those the sampler returned, of all tokens."""
     found = []
@@ -231,33 +220,35 @@ def test_sampling_follows_the_distribution(root: Path, kernels: ctypes.CDLL):
     assert abs(chi_squared / degrees - 1) < 5 * (2 / degrees) ** 0.5
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_completion_has_the_same_bits_in_any_company(root: Path, kernels: ctypes.CDLL, dtype: str):
-    """A hundred random mixes of requests, rows in flight and threads."""
-    policy = policy_of(folder_of(root, "qwen3"), dtype=dtype)
+def bits(groups: list[list[Rollout]]) -> list[list[tuple[list[int], list[float]]]]:
+    return [[(r.token_ids, r.logprobs) for r in group] for group in groups]
+
+
+def require_same_bits_in_any_company(
+    engine: Callable[..., NativeEngine], *, max_new_tokens: int, mixes: int
+) -> None:
+    """Random mixes of requests, rows in flight and threads; `engine(max_rows=...)` makes one."""
     problems = problems_of([1, 15, 16, 17, 32, 5, 40, 290])
-    sampling = SamplingSettings(temperature=0.9, max_new_tokens=24)
-
-    def bits(groups: list[list[Rollout]]) -> list[list[tuple[list[int], list[float]]]]:
-        return [[(r.token_ids, r.logprobs) for r in group] for group in groups]
-
-    alone = {
-        p.index: bits(engine_of(policy, kernels).generate([p], n=5, sampling=sampling, seed=7))[0]
-        for p in problems
-    }
+    sampling = SamplingSettings(temperature=0.9, max_new_tokens=max_new_tokens)
+    alone = {p.index: bits(engine().generate([p], n=5, sampling=sampling, seed=7))[0] for p in problems}
     numbers = random.Random(0)
     before = torch.get_num_threads()
     try:
-        for _ in range(50):  # in each of two dtypes
+        for _ in range(mixes):
             some = numbers.sample(problems, numbers.randint(1, len(problems)))
             n, max_rows = numbers.randint(1, 5), numbers.choice([1, 2, 3, 7, 12, 40])
             torch.set_num_threads(numbers.choice([1, 2, 3]))
-            groups = engine_of(policy, kernels, max_rows=max_rows).generate(
-                some, n=n, sampling=sampling, seed=7
-            )
+            groups = engine(max_rows=max_rows).generate(some, n=n, sampling=sampling, seed=7)
             assert bits(groups) == [alone[p.index][:n] for p in some]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_completion_has_the_same_bits_in_any_company(root: Path, kernels: ctypes.CDLL, dtype: str):
+    policy = policy_of(folder_of(root, "qwen3"), dtype=dtype)
+    engine = functools.partial(engine_of, policy, kernels)
+    require_same_bits_in_any_company(engine, max_new_tokens=24, mixes=50)
 
 
 def test_it_draws_the_tokens_the_generic_engine_draws(root: Path, kernels: ctypes.CDLL):
@@ -292,9 +283,8 @@ def test_kernels_for_older_cpus_compute_the_same(
     assert portable._name != kernels._name
     for shape in ("qwen3", "qwen2 with biases", "odd sizes", "heads of 80, 5 on each key"):
         policy = policy_of(folder_of(root, shape), dtype=dtype)
-        sampling = SamplingSettings(
-            max_new_tokens=1
-        )  # later tokens could differ where rounding tips a choice
+        # Later tokens could differ where rounding tips a choice.
+        sampling = SamplingSettings(max_new_tokens=1)
         found = [
             engine_of(policy, k).generate(problems_of(EDGES), n=2, sampling=sampling, seed=4)
             for k in (kernels, portable)
@@ -452,3 +442,30 @@ def test_broken_weights_stop_the_run(root: Path, kernels: ctypes.CDLL, value: fl
         sampling = SamplingSettings(max_new_tokens=9, **changes)
         with pytest.raises(NonFiniteError, match=r"not finite after 3 tokens of prompt 0"):
             engine_of(policy, kernels).generate(problems_of([3]), n=1, sampling=sampling, seed=0)
+
+
+def test_sessions_of_one_engine_keep_out_of_each_others_pages(root: Path, kernels):
+    engine = engine_of(policy_of(folder_of(root, "qwen3")), kernels)
+    sampling = SamplingSettings(temperature=0, max_new_tokens=40)
+    long, short = problems_of([40]), problems_of([5])
+    expected = engine.generate(long, n=1, sampling=sampling, seed=1)[0][0].token_ids
+    first, second = engine.open_session(longest=80), engine.open_session(longest=80, max_rows=1)
+    (request,) = first.add(long[0], limits=[40], sampling=sampling)
+    first.step()
+    second.add(short[0], limits=[20], sampling=sampling)
+    while not (first.is_idle and second.is_idle):
+        for session in (second, first):
+            session.step(within_s=0.0)
+    assert request.token_ids == expected
+
+
+def test_a_head_that_names_tokens_the_embedding_has_not_is_left_to_the_generic_engine(root: Path):
+    policy = load_policy(
+        ModelSettings(
+            name_or_path=str(folder_of(root, "heads of 128, untied")), dtype="float32", device="cpu"
+        ),
+        trainable=False,
+    )
+    embedding = policy.causal_lm.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight[:-1])
+    assert "331 outputs, and its embedding 330 rows" in str(why_not_native(policy))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-import random
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.rollout.test_native import (
     engine_of,
     policy_of,
     problems_of,
+    require_same_bits_in_any_company,
     spell,
     tokens,
 )
@@ -195,31 +195,9 @@ def test_in_bfloat16_log_probs_are_nearer_to_the_exact_ones_than_the_learners(
 def test_a_completion_has_the_same_bits_in_any_company(
     root: Path, kernels: ctypes.CDLL, dtype: str, shape: str
 ):
-    """A hundred random mixes of requests, rows in flight and threads."""
     policy = policy_of(folder_of(root, shape), dtype=dtype)
-    problems = problems_of([1, 15, 16, 17, 32, 5, 40, 290])
-    sampling = SamplingSettings(temperature=0.9, max_new_tokens=16)
-
-    def bits(groups: list[list[Rollout]]) -> list[list[tuple[list[int], list[float]]]]:
-        return [[(r.token_ids, r.logprobs) for r in group] for group in groups]
-
-    alone = {
-        p.index: bits(engine_of(policy, kernels).generate([p], n=5, sampling=sampling, seed=7))[0]
-        for p in problems
-    }
-    numbers = random.Random(0)
-    before = torch.get_num_threads()
-    try:
-        for _ in range(17):  # in each of six cases
-            some = numbers.sample(problems, numbers.randint(1, len(problems)))
-            n, max_rows = numbers.randint(1, 5), numbers.choice([1, 2, 3, 7, 12, 40])
-            torch.set_num_threads(numbers.choice([1, 2, 3]))
-            groups = engine_of(policy, kernels, max_rows=max_rows).generate(
-                some, n=n, sampling=sampling, seed=7
-            )
-            assert bits(groups) == [alone[p.index][:n] for p in some]
-    finally:
-        torch.set_num_threads(before)
+    engine = functools.partial(engine_of, policy, kernels)
+    require_same_bits_in_any_company(engine, max_new_tokens=16, mixes=17)
 
 
 @pytest.mark.skipif(

@@ -79,11 +79,11 @@ class Running:
         self.engine.start()
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[listener])))
         self._thread.start()
-        assert ready.wait(10)
+        assert ready.wait(60)
 
     def close(self):
         self.server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         self.engine.close()
 
     def client(self, *, strict=True):
@@ -99,7 +99,7 @@ class Running:
 
     def ask(self, method, path, body=None, *, key=KEY, headers=None):
         """A request by hand: status, headers, body; `body` may be bytes."""
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=120)
         with contextlib.closing(connection):
             data = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
             own = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -113,7 +113,7 @@ class Running:
         return status, json.loads(content)["error"] | {"headers": headers}
 
 
-def raw(running, data, *, timeout_s=5):
+def raw(running, data, *, timeout_s=60):
     """Send bytes and return the status of the answer, or None where none came."""
     host, port = urlsplit(running.url).netloc.split(":")
     with contextlib.closing(socket.create_connection((host, int(port)), timeout=timeout_s)) as connection:
@@ -126,7 +126,7 @@ def raw(running, data, *, timeout_s=5):
         return int(line.split()[1]) if line.startswith(b"HTTP/") else None
 
 
-def wait_for(condition, *, timeout_s=10):
+def wait_for(condition, *, timeout_s=60):
     """Whether the condition comes true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ import pytest
 from test_adapters import make_adapter
 
 from kitae.cli.main import main
+from kitae.cli.serve import name_of
 from kitae.serve.access import Gate, new_key, read_key, write_private
 
 
@@ -59,7 +60,7 @@ def test_it_says_when_it_is_ready_guards_its_token_and_ends_cleanly(tiny, home, 
         assert main(["serve", str(tiny()), "--port", port]) == 69
     finally:
         process.send_signal(signal.SIGTERM)
-        out, errors = process.communicate(timeout=30)
+        out, errors = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "") and key not in errors
     assert not file.exists() and not (tmp_path / "ready.json").exists()
 
@@ -75,6 +76,19 @@ def test_a_key_file_that_others_can_read_is_refused(home, tmp_path, capsys):
     file.write_text("\u00e9\n", encoding="utf-8")
     assert main(["serve", "m", "--port", "0", "--api_key_file", str(file)]) == 2
     assert "characters that a header cannot carry" in capsys.readouterr().err
+
+
+def test_a_key_file_that_is_not_there_says_what_to_do(home, tmp_path, capsys):
+    assert main(["serve", "m", "--port", "0", "--api_key_file", str(tmp_path / "key")]) == 2
+    assert "write a token into it, or leave the flag out" in capsys.readouterr().err
+
+
+def test_requests_call_a_model_by_the_last_part_of_its_path(tmp_path, monkeypatch):
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert [name_of(path) for path in (".", "..", "./", "a/b/", "b.gguf", "org/name")] == [
+        "my model", tmp_path.name, "my model", "b", "b", "name",
+    ]  # fmt: skip
 
 
 def test_an_adapter_of_another_family_is_refused_though_its_shapes_fit(home, tiny, tmp_path, capsys):

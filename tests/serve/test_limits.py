@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 from serving import KEY, Running, raw, wait_for
 
+from kitae.data.chat import Template
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 HELLO = [{"role": "user", "content": "hello"}]
@@ -149,11 +151,14 @@ def test_fields_that_ask_for_nothing_are_accepted(running):
     assert running.ask("POST", CHAT, body)[0] == 200
 
 
-def test_a_prompt_beyond_the_context_is_refused_before_it_is_tokenised(running):
-    began = time.monotonic()
-    status, error = running.refused(CHAT, {"messages": [{"role": "user", "content": "x" * 900_000}]})
+def test_a_prompt_beyond_the_context_is_refused_before_it_is_tokenised(running, monkeypatch):
+    def tokenise(*_, **__):
+        raise AssertionError("it was tokenised")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Template, "prompt", tokenise)
+        status, error = running.refused(CHAT, {"messages": [{"role": "user", "content": "x" * 900_000}]})
     assert (status, error["code"]) == (400, "context_length_exceeded")
-    assert time.monotonic() - began < 0.5
     status, error = running.refused(CHAT, {"messages": [{"role": "user", "content": "x" * 5000}]})
     assert (status, error["code"]) == (400, "context_length_exceeded")
     status, error = running.refused(TEXT, {"prompt": [5] * 4000, "max_tokens": 97})
@@ -204,10 +209,10 @@ def test_slow_heads_and_bodies_and_readers_lose_their_connection(thinker):
             connection.sendall(b"" if number % 2 else b"GET /health HTTP/1.1\r\nX: ")
         began = time.monotonic()
         for connection in half_open:
-            connection.settimeout(5)
+            connection.settimeout(60)
             assert gone(connection)
             connection.close()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 9  # one after the other they would take 15 s
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 50\r\n\r\n"
         assert raw(server, head.encode() + b"{") == 408
         # A reader that takes nothing: its rows are free again once its buffers are full.
@@ -217,6 +222,7 @@ def test_slow_heads_and_bodies_and_readers_lose_their_connection(thinker):
                 "stream": True,
                 "n": 8,
                 "max_tokens": 3900,
+                "temperature": 0,
                 "logprobs": True,
                 "top_logprobs": 20,
             }
@@ -226,7 +232,7 @@ def test_slow_heads_and_bodies_and_readers_lose_their_connection(thinker):
         reader.connect((host, int(port)))
         reader.sendall(head.replace("50", str(len(body))).encode() + body.encode())
         assert wait_for(lambda: server.engine.num_running == 8)
-        assert wait_for(lambda: server.engine.num_open == 0 and server.engine.num_running == 0, timeout_s=20)
+        assert wait_for(lambda: server.engine.num_open == 0 and server.engine.num_running == 0)
         reader.close()
         assert server.ask("GET", "/health", key=None)[0] == 200
     finally:
@@ -252,18 +258,28 @@ def test_a_client_that_goes_away_frees_its_rows_at_once(running, stream):
         assert wait_for(lambda: running.engine.num_running == 4)
         requests = list(running.engine._tickets)
         connection.close()
-        assert wait_for(lambda: running.engine.num_running == 0 and running.engine.num_open == 0, timeout_s=2)
+        assert wait_for(lambda: running.engine.num_running == 0 and running.engine.num_open == 0)
         assert [request.finish_reason for request in requests] == ["cancelled"] * 4, (
             "none of them ended by itself"
         )
 
 
-def test_a_full_queue_is_429_and_the_rest_is_unharmed(thinker):
+def test_a_full_queue_is_429_and_the_rest_is_unharmed(thinker, monkeypatch):
+    """No token comes before 20 of 30 requests were refused, so that 8 rows and a queue of 2 are full."""
+    from kitae.rollout.generic import PackedRows
+
+    whole, refused = PackedRows.advance, threading.Event()
+
+    def advance(self, *args, **kwargs):
+        assert refused.wait(60)
+        return whole(self, *args, **kwargs)
+
     server = Running(thinker, max_queue=2)
     try:
         ask = {"model": "tiny", "messages": HELLO, "max_tokens": 150, "temperature": 0}
         alone = server.client().chat.completions.create(**ask).choices[0].message.content
         results = []
+        monkeypatch.setattr(PackedRows, "advance", advance)
 
         def one():
             status, headers, content = server.ask("POST", CHAT, ask)
@@ -271,10 +287,11 @@ def test_a_full_queue_is_429_and_the_rest_is_unharmed(thinker):
 
         threads = [threading.Thread(target=one) for _ in range(30)]
         [thread.start() for thread in threads]
+        assert wait_for(lambda: len(results) == 20)
+        refused.set()
         [thread.join() for thread in threads]
         accepted = [r for r in results if r[0] == 200]
-        assert len(accepted) >= 10
-        assert {r[0] for r in results} == {200, 429}
+        assert [r[0] for r in results] == [429] * 20 + [200] * 10
         assert all(r[2]["choices"][0]["message"]["content"] == alone for r in accepted)
         full = next(r for r in results if r[0] == 429)
         assert full[1]["retry-after"] == "1" and full[2]["error"]["type"] == "rate_limit_error"
@@ -284,7 +301,7 @@ def test_a_full_queue_is_429_and_the_rest_is_unharmed(thinker):
 
 
 def test_an_answer_under_way_is_finished_when_the_server_ends(thinker):
-    server = Running(thinker, grace_s=10)
+    server = Running(thinker, grace_s=60)
     chunks = server.client().chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=100, stream=True, temperature=0
     )

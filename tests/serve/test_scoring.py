@@ -2,7 +2,7 @@
 
 import json
 import socket
-import time
+import threading
 from urllib.parse import urlsplit
 
 import pytest
@@ -74,15 +74,17 @@ def test_nothing_is_sampled_where_no_token_is_asked_for(running):
 
 def test_scoring_takes_turns_fills_the_queue_and_ends_with_its_client(running, client, monkeypatch):
     """Prompts that are only scored must neither hold up what is sampled, nor wait without end, nor go on for nobody."""
-    passes = []
+    passes, permits, late = [], threading.Semaphore(0), []
     whole = lanes._score_pass
 
-    def slow(*args):
+    def held(*args):
+        """A pass that ends when it may; where it waits for too long, the rest do not wait."""
         passes.append(args)
-        time.sleep(0.02)
+        if not late and not permits.acquire(timeout=60):
+            late.append(len(passes))
         return whole(*args)
 
-    monkeypatch.setattr(lanes, "_score_pass", slow)
+    monkeypatch.setattr(lanes, "_score_pass", held)
     monkeypatch.setattr(lanes, "SCORED_TOKENS", 1)
     ask = {**GIVEN, "max_tokens": 0, "prompt": ["1+1"] * 60}
     assert running.refused(TEXT, {**ask, "prompt": ["1+1"] * 80})[1]["param"] == "n"
@@ -93,12 +95,17 @@ def test_scoring_takes_turns_fills_the_queue_and_ends_with_its_client(running, c
     connection.sendall((head + body).encode())
     assert wait_for(lambda: passes) and running.engine.num_open == 60
     assert running.refused(TEXT, {**ask, "prompt": ["1+1"] * 20})[0] == 429
-    said = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=2
-    )
-    assert said.usage.completion_tokens <= 2 and len(passes) < 60
+    said = []
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    thread = threading.Thread(target=lambda: said.append(client.chat.completions.create(**chat)))
+    thread.start()
+    assert wait_for(lambda: running.engine.num_open == 61)
+    permits.release(30)
+    thread.join()
+    assert said[0].usage.completion_tokens <= 2 and len(passes) <= 31 and not late
     connection.close()
     assert wait_for(lambda: running.engine.num_open == 0)
     count = len(passes)
-    time.sleep(0.2)
-    assert len(passes) <= count + 1 < 60
+    permits.release(60)
+    client.chat.completions.create(**chat)  # passes would take turns with its steps
+    assert len(passes) <= count + 1 < 60 and not late

@@ -381,3 +381,58 @@ def test_stop_strings_are_given_under_any_of_their_names(recipe, given, stop):
 def test_generation_kwargs_that_rollouts_do_not_have_are_refused(value, error):
     with pytest.raises(ConfigError, match=error):
         settings("grpo", f"--model_name_or_path M --dataset_name D --generation_kwargs {shlex.quote(value)}")
+
+
+LLAMA_FACTORY_FILE = """### model
+model_name_or_path: ./m
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_target: all
+dataset: rows.jsonl
+cutoff_len: 2048
+val_size: 0.1
+max_samples: 1000
+overwrite_cache: true
+resume_from_checkpoint: null
+output_dir: saves/x
+learning_rate: 1e-4
+per_device_train_batch_size: 2
+"""
+
+
+def test_a_llama_factory_yaml_file_trains_a_lora(tmp_path):
+    file = tmp_path / "lora_sft.yaml"
+    file.write_text(LLAMA_FACTORY_FILE)
+    cfg, notes = resolve("sft", [str(file), "--max_samples", "50"])
+    assert chosen(cfg, "lora.rank", "lora.alpha", "lora.target_modules") == [8, 16, "all-linear"]
+    assert chosen(cfg, "data.train", "data.max_length", "data.hold_out", "data.max_rows") == [
+        ["rows.jsonl"], 2048, 0.1, 50,
+    ]  # fmt: skip
+    assert cfg.optim.learning_rate == 1e-4 and not cfg.resume
+    assert f"{file} line 3 has no effect: the recipe's name says which stage it is" in notes.warnings
+    assert (
+        resolve("sft", ["--max_samples", "50", "--config", str(file), "--max_steps", "2"])[0].data.max_rows
+        == 50
+    )
+    assert resolve("sft", [f"--config={file}"])[0].data.max_rows == 1000
+    cfg, _ = settings("sft", f"{file} --lora_rank 32 --lora_target q_proj,v_proj")
+    assert chosen(cfg, "lora.rank", "lora.alpha", "lora.target_modules") == [32, 64, ["q_proj", "v_proj"]]
+    with pytest.raises(ConfigError, match="--finetuning_type full and --lora_rank 4 contradict each other"):
+        settings("sft", "--model_name_or_path m --dataset_name d --finetuning_type full --lora_rank 4")
+    with pytest.raises(ConfigError, match="choose lora or full"):
+        settings("sft", "--model_name_or_path m --dataset_name d --finetuning_type freeze")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "is not valid YAML: while parsing"),
+        ("just words", "holds no settings"),
+        ("learning_rat: 1", "unknown setting learning_rat \\(.*bad.yaml line 1\\); did you mean"),
+    ],
+)
+def test_a_yaml_file_that_is_none_says_where(text, said, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        resolve("sft", [str(tmp_path / "bad.yaml")])

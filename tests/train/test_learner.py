@@ -315,9 +315,10 @@ def fail_when(policy, is_too_much, *, where: str) -> list[int]:
             return ordinary(batch, **options)
         if where == "forward":
             raise RuntimeError(OOM)
-        embedding = (
-            policy.causal_lm.get_input_embeddings()
-        )  # its backward comes last: all other gradients are there
+        if where == "a kernel":
+            raise MemoryError("kitae_attend found no memory to work in")
+        # Its backward comes last: all other gradients are there.
+        embedding = policy.causal_lm.get_input_embeddings()
         handle = embedding.register_forward_hook(lambda *args: _FailingBackward.apply(args[-1]))
         try:
             return ordinary(batch, **options)
@@ -328,7 +329,7 @@ def fail_when(policy, is_too_much, *, where: str) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", "a kernel", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_out_of_memory_halves_the_pass_and_keeps_the_gradient(tiny, where, dtype, caplog):
     learner = make_learner(tiny(), dtype=dtype)

@@ -101,9 +101,8 @@ def test_weight_decay_leaves_vectors_alone():
     before = {key: p.detach().clone() for key, p in params.items()}
     flat = FlatParameters(list(params.items()))
     settings = OptimSettings(learning_rate=0.1, weight_decay=0.5)
-    make_optimizer(
-        settings, [slot.master for slot in flat.slots], world=World()
-    ).step()  # all gradients are zero
+    # All gradients are zero.
+    make_optimizer(settings, [slot.master for slot in flat.slots], world=World()).step()
     torch.testing.assert_close(params["bias"], nn.Parameter(before["bias"]))
     torch.testing.assert_close(params["matrix"], nn.Parameter(before["matrix"] * 0.95))
 

@@ -32,7 +32,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     return folder, [json.loads(out.splitlines()[-1]) for out, _ in outputs], [err for _, err in outputs]
 

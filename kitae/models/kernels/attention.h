@@ -154,9 +154,11 @@ void attend_segment(const Inputs<T>& in, const Segment& segment, int64_t kv, T* 
 
 template <class T>
 void attend(const Inputs<T>& in, const Segment* segments, int64_t num_segments, T* out, float* lse) {
+    Memory memory;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t item = 0; item < num_segments * in.heads.keys; item++)
-        attend_segment(in, segments[item / in.heads.keys], item % in.heads.keys, out, lse);
+        memory.run([&] { attend_segment(in, segments[item / in.heads.keys], item % in.heads.keys, out, lse); });
+    memory.check();
 }
 
 }  // namespace kitae

@@ -164,12 +164,16 @@ template <class T>
 void attend_backward(
     const Inputs<T>& in, const Outputs<T>& given, const Segment* segments, const int64_t* groups, int64_t num_groups, T* dq,
     T* dk, T* dv) {
+    Memory memory;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t item = 0; item < num_groups * in.heads.keys; item++) {
         const int64_t group = item / in.heads.keys, first = groups[group];
-        attend_group_backward(
-            in, given, segments + first, groups[group + 1] - first, item % in.heads.keys, dq, dk, dv);
+        memory.run([&] {
+            attend_group_backward(
+                in, given, segments + first, groups[group + 1] - first, item % in.heads.keys, dq, dk, dv);
+        });
     }
+    memory.check();
 }
 
 }  // namespace kitae

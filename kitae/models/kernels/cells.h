@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "numbers.h"
 
@@ -27,9 +26,6 @@ template <class T> int64_t cells(int64_t count) { return (count + PER_CELL<T> - 
 constexpr int64_t PANEL_ROWS = 64;
 inline int64_t whole_lanes(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 inline int64_t whole_panels(int64_t size) { return (size + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS; }
-
-// Memory that is not cleared.
-template <class X> std::unique_ptr<X[]> buffer(int64_t size) { return std::unique_ptr<X[]>(new X[size_t(size)]); }
 
 inline f32x16 load_cells(const float* from) { return load(from); }
 inline u32x16 load_cells(const uint32_t* from) {

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "multiply.h"
@@ -55,11 +54,14 @@ template <class C> C* panel_of_thread(int64_t depth) {
 template <class Work> void each_panel(const int64_t* sizes, int64_t groups, int64_t columns, Work work) {
     const std::vector<int64_t> starts = starts_of(sizes, groups);
     const int64_t panels = whole_panels(columns) / PANEL_ROWS;
+    Memory memory;
 #pragma omp parallel for schedule(dynamic)
     for (int64_t piece = 0; piece < groups * panels; piece++) {
         const int64_t group = piece / panels, first = piece % panels * PANEL_ROWS;
-        if (sizes[group]) work(group, starts[size_t(group)], sizes[group], first, std::min(PANEL_ROWS, columns - first));
+        if (sizes[group])
+            memory.run([&] { work(group, starts[size_t(group)], sizes[group], first, std::min(PANEL_ROWS, columns - first)); });
     }
+    memory.check();
 }
 
 // y[row] (+)= x[row] W of the row's group. W lies [columns][depth] where it `is_along`, else [depth][columns]. The rows of x

@@ -54,14 +54,15 @@ template <class T>
 void rms_norm_backward(
     const T* x, const T* weight, const float* factors, const T* dy, int64_t rows, int64_t size, T* dx, T* dweight) {
     std::vector<float> parts(dweight ? size_t(PARTS * size) : 0, 0.0f);
+    const auto grads = buffer<float>(PARTS * size);
 #pragma omp parallel for schedule(static)
     for (int64_t part = 0; part < PARTS; part++) {
-        std::vector<float> grad(static_cast<size_t>(size));
+        float* grad = grads.get() + part * size;
         for (int64_t row = rows * part / PARTS; row < rows * (part + 1) / PARTS; row++) {
             for (int64_t j = 0; j < size; j += LANES)
-                store_some(grad.data() + j, load_some(dy + row * size + j, size - j), size - j);
+                store_some(grad + j, load_some(dy + row * size + j, size - j), size - j);
             rms_norm_row_backward(
-                x + row * size, weight, factors[row], grad.data(), size, dx + row * size,
+                x + row * size, weight, factors[row], grad, size, dx + row * size,
                 dweight ? parts.data() + part * size : nullptr);
         }
     }

@@ -4,13 +4,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
+#include "../../rollout/kernels/memory.h"
 #include "../../rollout/kernels/vectors.h"
 
 namespace kitae {
 
 // Sums that go across rows are taken over this many parts and then added in order, whatever the threads: same bits.
 constexpr int64_t PARTS = 16;
+
+// Memory that is not cleared.
+template <class X> std::unique_ptr<X[]> buffer(int64_t size) { return std::unique_ptr<X[]>(new X[size_t(size)]); }
 
 inline f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp_of(-x)); }
 

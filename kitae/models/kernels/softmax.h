@@ -15,11 +15,14 @@ void target_logprobs(
     T* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, float temperature, const float* scales,
     float* logprobs, float* lse, float* entropies) {
     const float inverse = 1.0f / temperature;
+    Memory memory;
 #pragma omp parallel
     {
-        std::vector<float> exps(scales ? size_t(vocabulary + LANES) : 0);
+        std::vector<float> exps;
+        memory.run([&] { exps.resize(scales ? size_t(vocabulary + LANES) : 0); });
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
+            if (memory.is_out()) continue;
             T* own = logits + row * vocabulary;
             const int64_t whole = vocabulary / LANES * LANES;
             float most = -INFINITY;
@@ -56,6 +59,7 @@ void target_logprobs(
             narrow(own + targets[row], at_target);
         }
     }
+    memory.check();
 }
 
 }  // namespace kitae

@@ -1,4 +1,5 @@
-// What kitae/models/native.py calls, for float (kind 0) and bfloat16 (kind 1) tensors without gaps.
+// What kitae/models/native.py calls, for float (kind 0) and bfloat16 (kind 1) tensors without gaps. Each returns 0, or
+// OUT_OF_MEMORY (memory.h); results are then worthless.
 #include "adamw.h"
 #include "attention_backward.h"
 #include "experts.h"
@@ -11,13 +12,16 @@
 using kitae::bf16;
 
 #define KITAE_FOR(kind, call)          \
-    if (kind == 0) {                   \
-        using T = float;               \
-        call;                          \
-    } else {                           \
-        using T = bf16;                \
-        call;                          \
-    }
+    return kitae::status_of([&] {      \
+        if (kind == 0) {               \
+            using T = float;           \
+            call;                      \
+        } else {                       \
+            using T = bf16;            \
+            call;                      \
+        }                              \
+        return 0;                      \
+    });
 #define IN(name) static_cast<const T*>(name)
 #define OUT(name) static_cast<T*>(name)
 
@@ -36,25 +40,25 @@ struct Attended {
 
 extern "C" {
 
-void kitae_rms_norm(
+int64_t kitae_rms_norm(
     int kind, const void* x, const void* weight, int64_t rows, int64_t size, float epsilon, void* y, float* factors) {
     KITAE_FOR(kind, kitae::rms_norm(IN(x), IN(weight), rows, size, epsilon, OUT(y), factors))
 }
 
-void kitae_rms_norm_backward(
+int64_t kitae_rms_norm_backward(
     int kind, const void* x, const void* weight, const float* factors, const void* dy, int64_t rows, int64_t size, void* dx,
     void* dweight) {
     KITAE_FOR(kind, kitae::rms_norm_backward(IN(x), IN(weight), factors, IN(dy), rows, size, OUT(dx), OUT(dweight)))
 }
 
-void kitae_rotary(
+int64_t kitae_rotary(
     int kind, const void* x, const void* weight, const void* cosines, const void* sines, int64_t tokens, int64_t heads,
     int64_t size, float epsilon, void* y, float* factors) {
     KITAE_FOR(
         kind, kitae::rotary(IN(x), IN(weight), IN(cosines), IN(sines), tokens, heads, size, epsilon, OUT(y), factors))
 }
 
-void kitae_rotary_backward(
+int64_t kitae_rotary_backward(
     int kind, const void* x, const void* weight, const void* cosines, const void* sines, const float* factors,
     const void* dy, int64_t tokens, int64_t heads, int64_t size, void* dx, void* dweight) {
     KITAE_FOR(
@@ -62,23 +66,23 @@ void kitae_rotary_backward(
                   IN(x), IN(weight), IN(cosines), IN(sines), factors, IN(dy), tokens, heads, size, OUT(dx), OUT(dweight)))
 }
 
-void kitae_swiglu(int kind, const void* gate, const void* up, int64_t size, void* y) {
+int64_t kitae_swiglu(int kind, const void* gate, const void* up, int64_t size, void* y) {
     KITAE_FOR(kind, kitae::swiglu(IN(gate), IN(up), size, OUT(y)))
 }
 
-void kitae_swiglu_backward(
+int64_t kitae_swiglu_backward(
     int kind, const void* gate, const void* up, const void* dy, int64_t size, void* dgate, void* dup) {
     KITAE_FOR(kind, kitae::swiglu_backward(IN(gate), IN(up), IN(dy), size, OUT(dgate), OUT(dup)))
 }
 
-void kitae_add(int kind, const void* x, int64_t size, float* sum) { KITAE_FOR(kind, kitae::add(IN(x), size, sum)) }
+int64_t kitae_add(int kind, const void* x, int64_t size, float* sum) { KITAE_FOR(kind, kitae::add(IN(x), size, sum)) }
 
-void kitae_adamw(
+int64_t kitae_adamw(
     int kind, float* master, float* grad, float* mean, float* square, void* weight, int64_t size, const kitae::AdamW* how) {
     KITAE_FOR(kind, kitae::adamw(master, grad, mean, square, OUT(weight), size, *how))
 }
 
-void kitae_grouped_product(
+int64_t kitae_grouped_product(
     int kind, const void* x, const int64_t* index, const int64_t* sizes, int64_t groups, const void* weights, int is_along,
     int64_t depth, int64_t columns, int adds, void* y) {
     KITAE_FOR(
@@ -86,29 +90,29 @@ void kitae_grouped_product(
                   IN(x), index, sizes, groups, IN(weights), is_along != 0, depth, columns, adds != 0, OUT(y)))
 }
 
-void kitae_grouped_outer(
+int64_t kitae_grouped_outer(
     int kind, const void* y, const int64_t* y_index, const void* x, const int64_t* x_index, const int64_t* sizes,
     int64_t groups, int64_t rows, int64_t columns, float* sums) {
     KITAE_FOR(kind, kitae::grouped_outer(IN(y), y_index, IN(x), x_index, sizes, groups, rows, columns, sums))
 }
 
-void kitae_gated(int kind, const void* h, int64_t slots, int64_t size, void* a) {
+int64_t kitae_gated(int kind, const void* h, int64_t slots, int64_t size, void* a) {
     KITAE_FOR(kind, kitae::gated(IN(h), slots, size, OUT(a)))
 }
 
-void kitae_gated_backward(
+int64_t kitae_gated_backward(
     int kind, const void* h, const void* da, const float* weights, int64_t slots, int64_t size, void* dh, void* weighted,
     float* dweights) {
     KITAE_FOR(kind, kitae::gated_backward(IN(h), IN(da), weights, slots, size, OUT(dh), OUT(weighted), dweights))
 }
 
-void kitae_sum_slots(
+int64_t kitae_sum_slots(
     int kind, const void* x, const int64_t* slots, const float* weights, int64_t tokens, int64_t each, int64_t size,
     void* out) {
     KITAE_FOR(kind, kitae::sum_slots(IN(x), slots, weights, tokens, each, size, OUT(out)))
 }
 
-void kitae_target_logprobs(
+int64_t kitae_target_logprobs(
     int kind, void* logits, const int64_t* targets, int64_t rows, int64_t vocabulary, float temperature, const float* scales,
     float* logprobs, float* lse, float* entropies) {
     KITAE_FOR(
@@ -116,13 +120,13 @@ void kitae_target_logprobs(
                   OUT(logits), targets, rows, vocabulary, temperature, scales, logprobs, lse, entropies))
 }
 
-void kitae_attend(
+int64_t kitae_attend(
     int kind, const void* q, const void* k, const void* v, const Attended* shapes, const kitae::Segment* segments,
     int64_t num_segments, void* out, float* lse) {
     KITAE_FOR(kind, kitae::attend(shapes->inputs<T>(q, k, v), segments, num_segments, OUT(out), lse))
 }
 
-void kitae_attend_backward(
+int64_t kitae_attend_backward(
     int kind, const void* q, const void* k, const void* v, const void* out, const float* lse, const void* dout,
     const Attended* shapes, const kitae::Segment* segments, const int64_t* groups, int64_t num_groups, void* dq, void* dk,
     void* dv) {

@@ -56,7 +56,8 @@ void place_keys(const Team& team, const Model& model, const Layer& layer, const 
     });
 }
 
-// scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys. The keys of the `next` page are fetched meanwhile.
+// scores[r][16] of one page: QUERIES queries [QUERIES][size] times its keys. The keys of the `next` page and the values of
+// this one are fetched meanwhile.
 template <int QUERIES>
 inline void score_page(
     const float* queries, int64_t size, const float* keys, const float* next, f32x16 (&scores)[QUERIES]) {
@@ -64,6 +65,8 @@ inline void score_page(
     for (int64_t d = 0; d < size; d += 2) {
         __builtin_prefetch(next + d * PAGE, 0, 3);
         __builtin_prefetch(next + (d + 1) * PAGE, 0, 3);
+        __builtin_prefetch(keys + (size + d) * PAGE, 0, 2);
+        __builtin_prefetch(keys + (size + d + 1) * PAGE, 0, 2);
         const f32x16 first = load(keys + d * PAGE), second = load(keys + (d + 1) * PAGE);
 #pragma GCC unroll 4
         for (int r = 0; r < QUERIES; r++) {
@@ -81,7 +84,7 @@ inline void score_page(
     for (int64_t d = 0; d < size; d += 4) {
         __builtin_prefetch(next + d * PAGE, 0, 3);
         __builtin_prefetch(next + (d + 2) * PAGE, 0, 3);
-        __builtin_prefetch(keys + (size + d) * PAGE, 0, 2);  // the page's values
+        __builtin_prefetch(keys + (size + d) * PAGE, 0, 2);
         __builtin_prefetch(keys + (size + d + 2) * PAGE, 0, 2);
         const u32x16 first = load_pairs(keys + d * PAGE), second = load_pairs(keys + (d + 2) * PAGE);
 #pragma GCC unroll 4
@@ -113,11 +116,11 @@ template <int QUERIES> void make_weights(float* scores, int64_t length, float (&
 }
 
 // Sums of `size` numbers of each token, weighted by scores and inverse_total, to out [QUERIES][size]. `first` are the numbers
-// of a page's first token, `row` lies between tokens and `stride` between pages.
-template <int QUERIES, class T>
+// of a page's first token, `row` lies between tokens and `stride` between pages. fetch(page, token) is called for each once.
+template <int QUERIES, class T, class Fetch>
 void mix_tokens(
     const float* scores, const float (&inverse_total)[QUERIES], const T* first, int64_t row, int64_t stride,
-    const int32_t* table, int64_t length, int64_t size, T* out) {
+    const int32_t* table, int64_t length, int64_t size, T* out, Fetch fetch) {
     const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
     // Four vectors of numbers at a time, so that QUERIES times four sums stay in registers.
     const auto mix = [&](int64_t from, auto count) {
@@ -128,6 +131,7 @@ void mix_tokens(
             const char* next = reinterpret_cast<const char*>(first + table[p + 1 < num_pages ? p + 1 : p] * stride + from);
             const int64_t here = length - p * PAGE < PAGE ? length - p * PAGE : PAGE;
             for (int64_t t = 0; t < here; t++) {
+                if (from == 0) fetch(p, t);
                 for (int64_t line = 0; line < int64_t(VECTORS_HERE * LANES * sizeof(T)); line += 64)
                     __builtin_prefetch(next + t * row * int64_t(sizeof(T)) + line, 0, 3);
                 f32x16 value[VECTORS_HERE];
@@ -149,24 +153,42 @@ void mix_tokens(
     for (; from < size; from += LANES) mix(from, std::integral_constant<int, 1>{});
 }
 
-// Attention of QUERIES query heads [QUERIES][size] that share one key head over `length` tokens, out [QUERIES][size].
+// The pages of a token's row up to the token itself.
+struct RowPages {
+    const int32_t* table;
+    int64_t length;
+
+    RowPages(const Tokens& tokens, int64_t token)
+        : table(tokens.tables + tokens.table_of[token] * tokens.table_stride), length(tokens.positions[token] + 1) {}
+    int64_t count() const { return (length + PAGE - 1) / PAGE; }
+};
+
+// Attention of QUERIES query heads [QUERIES][size] that share one key head over the tokens of `row`, out [QUERIES][size].
 // `pages` is the layer's first page of this key head, `stride` the elements from page to page; `scores` has room for
-// QUERIES times the length, rounded up to pages.
+// QUERIES times the length, rounded up to pages. What `next` does not share with `row` is fetched meanwhile.
 template <int QUERIES, class T>
 void attend_to_pages(
-    const T* queries, int64_t size, int64_t length, const T* pages, int64_t stride, const int32_t* table, float scale,
+    const T* queries, int64_t size, const RowPages& row, const RowPages& next, const T* pages, int64_t stride, float scale,
     float* scores, T* out) {
-    const int64_t num_pages = (length + PAGE - 1) / PAGE, width = num_pages * PAGE;
+    const int32_t* table = row.table;
+    const int64_t length = row.length;
+    const int64_t num_pages = row.count(), width = num_pages * PAGE;
     for (int64_t p = 0; p < num_pages; p++) {
         const T* keys = pages + table[p] * stride;
-        const T* next = pages + table[p + AHEAD < num_pages ? p + AHEAD : num_pages - 1] * stride;
+        const T* later = pages + table[p + AHEAD < num_pages ? p + AHEAD : num_pages - 1] * stride;
         f32x16 here[QUERIES];
-        score_page<QUERIES>(queries, size, keys, next, here);
+        score_page<QUERIES>(queries, size, keys, later, here);
         for (int r = 0; r < QUERIES; r++) store(scores + r * width + p * PAGE, here[r] * scale);
     }
     float inverse_total[QUERIES];
     make_weights(scores, length, inverse_total);
-    mix_tokens(scores, inverse_total, pages + PAGE * size, size, stride, table, length, size, out);
+    // A sixteenth of next's page p. Always inlined: gcc drops calls of functions that do nothing but fetch.
+    const auto fetch = [&](int64_t p, int64_t t) __attribute__((always_inline)) {
+        if (p >= next.count() || next.table[p] == table[p]) return;
+        const T* from = pages + next.table[p] * stride + t * 2 * size;
+        for (int64_t d = 0; d < 2 * size; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + d, 0, 2);
+    };
+    mix_tokens(scores, inverse_total, pages + PAGE * size, size, stride, table, length, size, out, fetch);
 }
 
 // Attention of every token over all tokens of its row up to itself, whose keys and values are in their pages.
@@ -175,24 +197,23 @@ template <class T>
 void attend(const Team& team, const Model& model, const Layer& layer, const Scratch& scratch, const Tokens& tokens) {
     const int64_t size = model.head_size, heads = model.key_heads, shared = model.query_heads / heads;
     const int64_t stride = heads * 2 * PAGE * size;
-    const auto attend_one = [&](int64_t piece) {
+    const auto attend_one = [&](int64_t piece, bool is_last) {
         static thread_local std::vector<float> scores;
         static thread_local std::vector<T> queries;
         const int64_t head = piece / tokens.count, token = piece % tokens.count;
-        const int64_t length = tokens.positions[token] + 1;
-        const int32_t* table = tokens.tables + tokens.table_of[token] * tokens.table_stride;
+        const RowPages row(tokens, token), next(tokens, is_last || token + 1 == tokens.count ? token : token + 1);
         const float* rotated = scratch.qkv + token * scratch.qkv_stride + head * shared * size;
         queries.resize(size_t(shared * size));
         for (int64_t d = 0; d < shared * size; d += LANES) store(queries.data() + d, load(rotated + d));
         const T* pages = static_cast<const T*>(layer.pages) + head * 2 * PAGE * size;
         T* out = static_cast<T*>(scratch.attended) + token * scratch.attended_stride + head * shared * size;
-        const size_t room = size_t(4 * ((length + PAGE - 1) / PAGE) * PAGE);
+        const size_t room = size_t(4 * row.count() * PAGE);
         if (scores.size() < room) scores.resize(room * 3 / 2);
         int64_t r = 0;
         const auto some = [&](auto count) {
             constexpr int QUERIES = decltype(count)::value;
             attend_to_pages<QUERIES>(
-                queries.data() + r * size, size, length, pages, stride, table, model.attention_scale, scores.data(),
+                queries.data() + r * size, size, row, next, pages, stride, model.attention_scale, scores.data(),
                 out + r * size);
             r += QUERIES;
         };
@@ -202,7 +223,7 @@ void attend(const Team& team, const Model& model, const Layer& layer, const Scra
         if (shared - r == 1) some(std::integral_constant<int, 1>{});
     };
     team.share(heads * tokens.count, [&](Range work) {
-        for (int64_t piece = work.begin; piece < work.end; piece++) attend_one(piece);
+        for (int64_t piece = work.begin; piece < work.end; piece++) attend_one(piece, piece + 1 == work.end);
     });
 }
 

@@ -150,13 +150,13 @@ inline bool is_stop(const Sampling& sampling, int64_t id) {
 // Decode steps until one of them ended a row, at most sampling.steps; returns how many. Each row must have pages for all.
 template <class T>
 int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens, const Sampling& sampling, int threads) {
-    std::vector<Phase> phases(size_t(sampling.steps * phases_of(model)));
+    Course course(sampling.steps * phases_of(model));
     std::atomic<int64_t> done{0};
     std::atomic<bool> is_over{false};  // a thread that is behind may leave: all its phases are done
 #pragma omp parallel num_threads(threads)
     {
-        const Team team(threads, phases.data());
-        for (int64_t step = 0; !is_over; step++) {
+        const Team team(threads, course);
+        for (int64_t step = 0; !is_over && !course.memory.is_out(); step++) {
             run_layers<T>(team, model, scratch, tokens);
             run_head<T>(team, model, scratch, tokens.count, 0);
             team.share(tokens.count, [&](Range mine) {
@@ -175,6 +175,7 @@ int64_t decode(const Model& model, const Scratch& scratch, const Tokens& tokens,
             });
         }
     }
+    course.memory.check();
     return done;
 }
 
@@ -183,10 +184,10 @@ template <class T>
 void forward(
     const Model& model, const Scratch& scratch, const Tokens& tokens, const int32_t* wanted, int64_t num_wanted, int64_t at,
     int threads) {
-    std::vector<Phase> phases(size_t(phases_of(model)));
+    Course course(phases_of(model));
 #pragma omp parallel num_threads(threads)
     {
-        const Team team(threads, phases.data());
+        const Team team(threads, course);
         run_layers<T>(team, model, scratch, tokens);
         team.share(1, [&](Range) {
             for (int64_t i = 0; i < num_wanted; i++)
@@ -197,6 +198,7 @@ void forward(
         });
         if (num_wanted) run_head<T>(team, model, scratch, num_wanted, at);
     }
+    course.memory.check();
 }
 
 // Row i is sampled from row row_of[i] of the logits.
@@ -210,26 +212,36 @@ void sample_rows(
 
 using namespace kitae;
 
+// Each returns OUT_OF_MEMORY (memory.h) where there was too little; results are then worthless.
 extern "C" {
 
+// How many steps were done.
 int64_t kitae_decode(
     const Model* model, const Scratch* scratch, const Tokens* tokens, const Sampling* sampling, int is_bf16, int threads) {
-    return is_bf16 ? decode<bf16>(*model, *scratch, *tokens, *sampling, threads)
-                   : decode<float>(*model, *scratch, *tokens, *sampling, threads);
+    return status_of([&] {
+        return is_bf16 ? decode<bf16>(*model, *scratch, *tokens, *sampling, threads)
+                       : decode<float>(*model, *scratch, *tokens, *sampling, threads);
+    });
 }
 
-void kitae_forward(
+int64_t kitae_forward(
     const Model* model, const Scratch* scratch, const Tokens* tokens, const int32_t* wanted, int64_t num_wanted, int64_t at,
     int is_bf16, int threads) {
-    if (is_bf16)
-        forward<bf16>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
-    else
-        forward<float>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
+    return status_of([&] {
+        if (is_bf16)
+            forward<bf16>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
+        else
+            forward<float>(*model, *scratch, *tokens, wanted, num_wanted, at, threads);
+        return 0;
+    });
 }
 
-void kitae_sample(
+int64_t kitae_sample(
     const Model* model, const Scratch* scratch, const int32_t* row_of, int64_t count, const Sampling* sampling) {
-    sample_rows(*model, *scratch, row_of, count, *sampling);
+    return status_of([&] {
+        sample_rows(*model, *scratch, row_of, count, *sampling);
+        return 0;
+    });
 }
 
 }

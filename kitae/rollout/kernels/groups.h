@@ -21,7 +21,7 @@ void multiply_groups(const Team& team, const Matrix& first, int64_t groups, Rows
     constexpr int most = Packing<T>::rows;
     using Weight = typename Packing<T>::Weight;
     const int64_t blocks = first.columns / BLOCK, block_size = first.depth * BLOCK;
-    const auto compute = [&](int64_t group, int64_t block, Rows<T> rows) {
+    const auto compute = [&](int64_t group, int64_t block, Rows<T> rows, bool is_cold, bool is_last) {
         alignas(64) typename Packing<T>::Sum sums[most * BLOCK];
         alignas(64) float numbers[BLOCK];
         const int64_t place = group * blocks + block;
@@ -29,8 +29,8 @@ void multiply_groups(const Team& team, const Matrix& first, int64_t groups, Rows
         const int64_t tiles = (rows.count + most - 1) / most;
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = rows.count * t / tiles, to = rows.count * (t + 1) / tiles;
-            Prefetch prefetch{reinterpret_cast<const char*>(weights), 0};
-            if (t == 0) prefetch = {reinterpret_cast<const char*>(weights) + 4096, 4};
+            const Weight* following = is_last ? nullptr : weights + block_size;
+            const Prefetch prefetch = prefetch_of(t, tiles, is_cold, weights, following, block_size * int64_t(sizeof(Weight)));
             tile_of<T>(int(to - from), rows.x + from * rows.stride, rows.stride, weights, first.depth, sums, prefetch);
             for (int64_t row = from; row < to; row++)
                 use(group, row, block, finish(sums + (row - from) * BLOCK, first, place * BLOCK, rows.scale_of(row), numbers));
@@ -49,8 +49,8 @@ void multiply_groups(const Team& team, const Matrix& first, int64_t groups, Rows
             const Rows<T> rows = rows_of(g);
             const int64_t each = cost_of(rows.count);
             if (!each) continue;
-            const int64_t last = pieces_up_to(end, each);
-            for (int64_t b = pieces_up_to(begin, each); b < last && b < blocks; b++) compute(g, b, rows);
+            const int64_t from = pieces_up_to(begin, each), last = pieces_up_to(end, each), to = last < blocks ? last : blocks;
+            for (int64_t b = from; b < to; b++) compute(g, b, rows, b == from, b + 1 == to);
             before += each * blocks;
         }
     });

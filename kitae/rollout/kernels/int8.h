@@ -49,7 +49,8 @@ inline __attribute__((always_inline)) i32x16 add_quads(i32x16 sum, uint32_t quad
 #endif
 }
 
-// A row as integers; returns its scale. A number that is not finite makes the scale so. 16 divides `size`.
+// A row as integers; returns its scale. A number that is not finite makes the scale so, and all integers 0 (128), whose
+// products with it are NaN. 16 divides `size`.
 template <class T> float quantise_row(const T* x, int64_t size, uint8_t* out) {
     i32x16 most{};  // magnitudes are ordered as their bits are, with NaN above all
     for (int64_t j = 0; j < size; j += LANES) {
@@ -60,6 +61,10 @@ template <class T> float quantise_row(const T* x, int64_t size, uint8_t* out) {
     for (int i = 0; i < LANES; i++) bits = most[i] > bits ? most[i] : bits;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
+    if (!std::isfinite(largest)) {
+        std::memset(out, 128, size_t(size));
+        return largest;
+    }
     if (largest < 1e-30f) largest = 1e-30f;  // a row of zeros
     const float inverse = 127.0f / largest;
     for (int64_t j = 0; j < size; j += LANES) {

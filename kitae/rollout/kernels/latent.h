@@ -161,7 +161,8 @@ void attend_to_rows(
     }
     float inverse_total[HEADS];
     make_weights(scores.data(), length, inverse_total);
-    mix_tokens(scores.data(), inverse_total, pages, sizes.row, stride, table, length, sizes.latent, out);
+    const auto nothing = [](int64_t, int64_t) {};  // a row's pages serve all its heads: they come from the cache
+    mix_tokens(scores.data(), inverse_total, pages, sizes.row, stride, table, length, sizes.latent, out, nothing);
 }
 
 // Attention of every token over the latents of its row up to its own; four heads share each load of a page.

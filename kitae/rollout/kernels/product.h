@@ -81,6 +81,16 @@ struct Prefetch {
     }
 };
 
+// What tile t of a piece fetches, so that memory is read while tiles compute. A tile that may be the first to use its block
+// fetches it 4 KiB ahead of itself; the others, the first four of them, the `following` block of so many `bytes`.
+inline Prefetch prefetch_of(int64_t t, int64_t tiles, bool is_cold, const void* block, const void* following, int64_t bytes) {
+    const char* own = static_cast<const char*>(block);
+    if (tiles == 1 || (is_cold && t == 0)) return {own + 4096, 4};
+    const int64_t others = tiles - is_cold, shares = others >= 4 ? 4 : others >= 2 ? 2 : 1, share = t - is_cold;
+    if (!following || share >= shares) return {own, 0};
+    return {static_cast<const char*>(following) + bytes / shares * share, int(4 / shares)};
+}
+
 // sums[r][16 v ...] += x[r][q k ...] * w[k][16 v ...] of one k.
 template <int ROWS>
 inline __attribute__((always_inline)) void add_products(
@@ -194,28 +204,30 @@ template <class T, class Use> void multiply_rows(const Team& team, const Rows<T>
     using Weight = typename Packing<T>::Weight;
     const int64_t blocks = matrix.columns / BLOCK, parts = parts_of_rows(rows.count, blocks, team.size);
     const int64_t block_size = matrix.depth * BLOCK;
-    const auto compute = [&](int64_t piece, bool is_last) {
+    const int64_t pieces = blocks * parts;
+    const auto weights_of = [&](int64_t piece) { return static_cast<const Weight*>(matrix.weights) + piece / parts * block_size; };
+    // `next` is the piece that this thread will most likely take after it.
+    const auto compute = [&](int64_t piece, int64_t next, bool is_cold) {
         alignas(64) typename Packing<T>::Sum sums[most * BLOCK];
         alignas(64) float numbers[BLOCK];
         const int64_t block = piece / parts, part = piece % parts;
         const int64_t first = rows.count * part / parts, end = rows.count * (part + 1) / parts;
         const int64_t tiles = (end - first + most - 1) / most;
-        const Weight* weights = static_cast<const Weight*>(matrix.weights) + block * block_size;
+        const Weight* weights = weights_of(piece);
+        const Weight* following = next < pieces && next / parts != block ? weights_of(next) : nullptr;
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t from = first + (end - first) * t / tiles, to = first + (end - first) * (t + 1) / tiles;
-            // Few tiles wait for the weights: fetch 4 KiB ahead. Of many, the first four fetch the next block.
-            const char* here = reinterpret_cast<const char*>(weights);
-            const int64_t bytes = block_size * int64_t(sizeof(Weight));
-            Prefetch prefetch{here, 0};
-            if (tiles < 4 && t == 0) prefetch = {here + 4096, 4};
-            if (tiles >= 4 && t < 4 && !is_last) prefetch = {here + bytes + bytes / 4 * t, 1};
+            const Prefetch prefetch = prefetch_of(t, tiles, is_cold, weights, following, block_size * int64_t(sizeof(Weight)));
             tile_of<T>(int(to - from), rows.x + from * rows.stride, rows.stride, weights, matrix.depth, sums, prefetch);
             for (int64_t row = from; row < to; row++)
                 use(row, block, finish(sums + (row - from) * BLOCK, matrix, block * BLOCK, rows.scale_of(row), numbers));
         }
     };
-    team.share(blocks * parts, [&](Range work) {
-        for (int64_t piece = work.begin; piece < work.end; piece++) compute(piece, piece + 1 == work.end);
+    team.share(pieces, [&](Range work) {
+        // Meanwhile the other threads take as many pieces each.
+        const int64_t after = work.end + (team.size - 1) * (work.end - work.begin);
+        for (int64_t piece = work.begin; piece < work.end; piece++)
+            compute(piece, piece + 1 < work.end ? piece + 1 : after, piece == work.begin);
     });
 }
 

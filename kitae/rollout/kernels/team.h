@@ -2,12 +2,17 @@
 //
 // A phase is over when its work is done, not when every thread has come by: where the machine is busy and a thread has to
 // wait for its core, the others go on without it, and it catches up by finding the phases it missed done.
+//
+// Where a part finds no memory, all that is left is counted as done without being worked on (memory.h), and the call fails.
 #pragma once
 
 #include <sched.h>
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
+
+#include "memory.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -23,10 +28,17 @@ struct Phase {
     std::atomic<int64_t> taken{0}, done{0};
 };
 
+// What the threads of one call have in common: a phase for each call of share() to come, and whether memory was enough.
+struct Course {
+    explicit Course(int64_t num_phases) : phases(static_cast<size_t>(num_phases)) {}
+
+    std::vector<Phase> phases;
+    Memory memory;
+};
+
 class Team {
   public:
-    // `phases` are zeros, one for each call of share() to come; all threads of the team get the same.
-    Team(int size, Phase* phases) : size(size), next_(phases) {}
+    Team(int size, Course& course) : size(size), next_(course.phases.data()), memory_(course.memory) {}
 
     const int size;
 
@@ -35,7 +47,7 @@ class Team {
         Phase& phase = *next_++;
         const int64_t most = size == 1 ? 1 : PARTS * size, parts = count < most ? count : most;
         for (int64_t part; (part = phase.taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-            work(Range{count * part / parts, count * (part + 1) / parts});
+            memory_.run([&] { work(Range{count * part / parts, count * (part + 1) / parts}); });
             phase.done.fetch_add(1, std::memory_order_release);
         }
         for (int turns = 0; phase.done.load(std::memory_order_acquire) < parts; turns++) {
@@ -57,6 +69,7 @@ class Team {
     }
 
     mutable Phase* next_;
+    Memory& memory_;
 };
 
 }  // namespace kitae

@@ -123,8 +123,8 @@ inline f32x16 exp_of(f32x16 x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    i32x16 exponent = ((i32x16)shifted - (i32x16)shift) << 23;
-    y = (f32x16)((i32x16)y + exponent);
+    u32x16 exponent = ((u32x16)shifted - (u32x16)shift) << 23;  // of a NaN, any bits
+    y = (f32x16)((u32x16)y + exponent);
     return x < lowest ? f32x16{} : y;
 }
 

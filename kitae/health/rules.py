@@ -1,32 +1,14 @@
-"""Health notes: what a run's numbers say is going wrong, each in one sentence with the setting to change.
-
-metric lines --Watch.see--> series of the names the rules need --rules--> notes (terminal, train.log, events.jsonl)
-
-A note is said once. It is said again after the trouble was over for a while, or when its number has doubled. Rules
-look at lines as metrics.jsonl has them, so a resumed run says what an uninterrupted one says. docs/health.md lists them.
-"""
+"""What goes wrong in runs, one rule each: a function of the series, what to do, and why it matters (docs/health.md)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, pvariance
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-FIRST, LAST = 20, 60
-"""So many values of a metric are kept from its beginning, and from its end."""
-PEAK = 5
-"""A metric's peak is the highest mean of so many values in a row."""
-
-
-class Note(NamedTuple):
-    """What is wrong, as of which step, and the full name of the setting to change."""
-
-    rule: str
-    step: int
-    sentence: str
-    setting: str
+from kitae.health.series import FIRST, LAST, PEAK, Seen
 
 
 class Finding(NamedTuple):
@@ -34,94 +16,6 @@ class Finding(NamedTuple):
 
     size: float
     text: str
-
-
-class Series:
-    """One metric: its first values, its last ones, and its highest mean of PEAK in a row."""
-
-    def __init__(self) -> None:
-        self.first: list[float] = []
-        self.last: list[float] = []
-        self.steps: list[int] = []
-        """The steps of `last`."""
-        self.count = 0
-        self.peak = -math.inf
-
-    def add(self, step: int, value: float) -> None:
-        if len(self.first) < FIRST:
-            self.first.append(value)
-        self.last, self.steps = [*self.last, value][-LAST:], [*self.steps, step][-LAST:]
-        self.count += 1
-        if self.count >= PEAK:
-            self.peak = max(self.peak, fmean(self.last[-PEAK:]))
-
-    def state(self) -> dict[str, Any]:
-        peak = self.peak if math.isfinite(self.peak) else None
-        return {
-            "first": self.first,
-            "last": self.last,
-            "steps": self.steps,
-            "count": self.count,
-            "peak": peak,
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.first, self.last, self.steps = list(state["first"]), list(state["last"]), list(state["steps"])
-        self.count = state["count"]
-        self.peak = -math.inf if state["peak"] is None else state["peak"]
-
-
-class Seen:
-    """What rules look at: the series so far, the run's settings, its recipe."""
-
-    def __init__(self, series: Mapping[str, Series], settings: Mapping[str, Any], recipe: str) -> None:
-        self._series, self._settings, self.recipe = series, settings, recipe
-
-    def count(self, name: str) -> int:
-        return self._series[name].count if name in self._series else 0
-
-    def first(self, name: str, n: int, *, skip: int = 0) -> float | None:
-        """Mean of the first n values after `skip`; None where there are fewer."""
-        values = self._series[name].first[skip : skip + n] if name in self._series else []
-        return fmean(values) if len(values) == n else None
-
-    def last(self, name: str, n: int) -> float | None:
-        """Mean of the last n values; None where there are fewer."""
-        values = self.values(name, n)
-        return fmean(values) if values else None
-
-    def values(self, name: str, n: int) -> list[float]:
-        """The last n values, or none where there are fewer."""
-        values = self._series[name].last[-n:] if name in self._series else []
-        return values if len(values) == n else []
-
-    def step_before(self, name: str, n: int) -> int:
-        """The step of the n-th last value."""
-        return self._series[name].steps[-n]
-
-    def peak(self, name: str) -> float:
-        return self._series[name].peak
-
-    def setting(self, name: str) -> Any:
-        """A setting's value by its full name; None where this run has none of that name."""
-        value: Any = self._settings
-        for part in name.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                return None
-            value = value[part]
-        return value
-
-    def has_setting(self, name: str) -> bool:
-        section, _, field = name.rpartition(".")
-        inside = self.setting(section) if section else self._settings
-        return isinstance(inside, Mapping) and field in inside
-
-    def did_not_rise(self, name: str) -> bool:
-        """Whether the last 5 values are at most a tenth of their spread above the first 10; false where that is unknown."""
-        before, now = self.first(name, 10), self.last(name, 5)
-        if before is None or now is None:
-            return False
-        return now <= before + 0.1 * math.sqrt(pvariance(self._series[name].first[:10])) + 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +31,6 @@ class Rule:
     """For docs/health.md: when it is said, and why that matters."""
     quiet: int = 10
     """So many lines without a finding, and the trouble is over; and so many between a note and its repetition."""
-
-
-# the rules --------------------------------------------------------------------------------------------------------
 
 
 def _dead_groups(seen: Seen) -> Finding | None:
@@ -495,59 +386,6 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-class Watch:
-    """Looks at a run's metric lines and says what is wrong. Its state belongs to a checkpoint."""
-
-    def __init__(self, *, settings: Mapping[str, Any], recipe: str) -> None:
-        """`settings` are the run's resolved settings as JSON values."""
-        self._series: dict[str, Series] = {}
-        self._names = {name for rule in RULES for name in rule.metrics}
-        self._said: dict[str, dict[str, float]] = {}
-        """Of each note that stands: its size, the lines since it was said, and those of them without a finding."""
-        self._seen = Seen(self._series, settings, recipe)
-
-    def see(self, step: int, line: Mapping[str, float | None]) -> list[Note]:
-        """Take a line of metrics.jsonl, and return the notes it gives rise to. Only finite numbers are looked at."""
-        fresh = {}
-        for name in self._names & set(line):
-            value = line[name]
-            if value is not None and math.isfinite(value):
-                fresh[name] = value
-                self._series.setdefault(name, Series()).add(step, value)
-        found = [self._look(rule, step) for rule in RULES if any(name in fresh for name in _main(rule))]
-        return [note for note in found if note is not None]
-
-    def _look(self, rule: Rule, step: int) -> Note | None:
-        finding = rule.check(self._seen)
-        said = self._said.get(rule.name)
-        if said is not None:
-            said["lines"] += 1
-            said["quiet"] = said["quiet"] + 1 if finding is None else 0
-            if said["quiet"] >= rule.quiet:
-                del self._said[rule.name]
-        has_doubled = said is None or (finding is not None and finding.size >= 2 * said["size"])
-        if finding is None or not has_doubled or (said is not None and said["lines"] < rule.quiet):
-            return None
-        self._said[rule.name] = {"size": finding.size, "lines": 0, "quiet": 0}
-        what, setting = next(
-            (remedy for remedy in rule.remedies if self._seen.has_setting(remedy[1])), rule.remedies[-1]
-        )
-        value = self._seen.setting(setting)
-        now = f" (now {value:g})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
-        return Note(rule.name, step, f"{finding.text}; {what} {setting}{now}", setting)
-
-    def state(self) -> dict[str, Any]:
-        series = {name: series.state() for name, series in self._series.items()}
-        return {"series": series, "said": {name: dict(said) for name, said in self._said.items()}}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._series.clear()
-        for name, saved in state["series"].items():
-            self._series[name] = Series()
-            self._series[name].load_state(saved)
-        self._said = {name: dict(said) for name, said in state["said"].items()}
-
-
-def _main(rule: Rule) -> tuple[str, ...]:
+def main_metrics(rule: Rule) -> tuple[str, ...]:
     """The metrics whose lines a rule looks at: its first one; for the KL whichever the recipe reports."""
     return rule.metrics if rule.check is _kl_rising else rule.metrics[:1]
