@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kitae.errors import ConfigError
+from kitae.errors import ConfigError, PlanError
 from kitae.plugins import did_you_mean, names_in
 
 Feature = Literal["bfloat16", "float16", "nf4", "flex_attention", "float8", "triton", "recording"]
@@ -95,6 +96,24 @@ def pick_device(name: str = "auto", *, local_rank: int = 0, setting: str = "mode
 def of(device: torch.device) -> Backend:
     """The backend of a device in use."""
     return _load(device.type)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or in the CPU's allocators."""
+    told = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
+
+
+@contextmanager
+def enough_memory(what: str, *, remedy: str) -> Iterator[None]:
+    """Where an allocation fails inside, a PlanError: `what` ran out of memory, and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PlanError(f"{what} ran out of memory ({reason}); {remedy}") from error
 
 
 def _load(name: str) -> Backend:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitae import plugins
+from kitae import backends, plugins
 from kitae.algos.losses import LossFn, LossOutput
 from kitae.errors import ConfigError, KitaeError
-from kitae.train.memory import is_out_of_memory
 from kitae.types import TokenOutputs
 
 ENTROPY = "entropy"
@@ -75,7 +74,7 @@ class _Own:
         try:
             result = self._function(out, weights_N, **streams, **entropy)
         except Exception as error:
-            if isinstance(error, KitaeError) or is_out_of_memory(error):
+            if isinstance(error, KitaeError) or backends.is_out_of_memory(error):
                 raise
             frames = traceback.extract_tb(error.__traceback__)
             own_file = getattr(getattr(self._function, "__code__", None), "co_filename", "")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kitae.errors import PlanError
 from kitae.models.policy import Policy
 from kitae.rollout import structs
 from kitae.rollout.base import Request, draw_tokens
@@ -105,7 +104,6 @@ class NativeEngine:
             kernels=self._kernels,
             max_rows=max_rows,
             stop_ids=self.stop_ids,
-            kv_setting=self._kv_setting,
         )
         scheduler = Scheduler(max_rows=max_rows, room=budget.admit)
         return Session(rows, scheduler, decode=self.decode, context=context, budget=budget)
@@ -131,10 +129,9 @@ class NativeRows(PageRows):
         kernels: ctypes.CDLL,
         max_rows: int,
         stop_ids: frozenset[int],
-        kv_setting: str,
     ) -> None:
         super().__init__(pages, budget, stop_ids=stop_ids, num_embeddings=model.num_embeddings)
-        self._model, self._kernels, self._kv_setting = model, kernels, kv_setting
+        self._model, self._kernels = model, kernels
         self._num_taken = model.num_taken
         self._struct = structs.Model.from_buffer_copy(model.struct)
         self._struct.layers = store.layers
@@ -235,13 +232,7 @@ class NativeRows(PageRows):
 
     def _run(self, kernel: Callable[..., int], *arguments: Any) -> int:
         """Call a kernel with the model and its scratch."""
-        try:
-            return kernel(self._struct, self._scratch, *arguments)
-        except MemoryError as error:
-            raise PlanError(
-                f"sampling ran out of memory ({error}); lower {self._kv_setting}, or sample fewer completions at the same "
-                "time (inference_batch_size)"
-            ) from error
+        return kernel(self._struct, self._scratch, *arguments)
 
     def _add(self, buffers: _SamplingBuffers, requests: Sequence[Request], *, num_steps: int) -> None:
         """Hand each request its tokens; those behind a stop string are dropped."""

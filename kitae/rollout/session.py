@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from kitae import backends
 from kitae.config import SamplingSettings
 from kitae.rollout.base import OnRollout, OnTokens, Request, as_rollout, check_length, make_requests
 from kitae.rollout.scheduler import Scheduler
@@ -55,6 +56,13 @@ class Rows(Protocol):
     def leave(self, request: Request) -> None:
         """Free what the row held."""
         ...
+
+
+enough_memory = backends.enough_memory(
+    "sampling",
+    remedy="let fewer completions run at the same time (rollout.inference_batch_size, --batch_size), or give their keys and "
+    "values less room (kv_cache_tokens)",
+)
 
 
 class Session:
@@ -110,6 +118,7 @@ class Session:
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
 
+    @enough_memory
     def step(self, *, within_s: float | None = None) -> list[Event]:
         """Let waiting groups enter, and draw tokens of every running row: one each, or several in about `within_s`.
 
@@ -193,6 +202,7 @@ def sample_groups(
     )
 
 
+@enough_memory
 def sample_all(
     engine: SessionEngine,
     limits: Sequence[Sequence[int]],

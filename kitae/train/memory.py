@@ -60,7 +60,7 @@ class Passes:
                 done.append(one(batch))
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not backends.is_out_of_memory(error):
                     raise
                 self._refuse_if_hopeless(batch, error)
             # Here, and not in the handler: the error's traceback holds the tensors of the failed pass.
@@ -127,12 +127,6 @@ def split_batch(batch: Batch) -> list[Batch]:
 
 def _num_units(batch: Batch) -> int:
     return len(batch.rows) // batch.rows_per_unit
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or in the CPU's allocators."""
-    told = ("DefaultCPUAllocator", "std::bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
 
 
 def _size(batch: Batch) -> str:

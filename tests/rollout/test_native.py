@@ -16,13 +16,14 @@ import torch
 from kitae import compiler
 from kitae.config import LoraSettings, ModelSettings, SamplingSettings
 from kitae.data.collate import collate
-from kitae.errors import ConfigError, DataError, ModelError, NonFiniteError
+from kitae.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from kitae.models.load import load_policy
 from kitae.models.policy import Policy
 from kitae.models.toy import make_config
 from kitae.rollout import build
 from kitae.rollout.generic import GenericEngine
 from kitae.rollout.native import NativeEngine
+from kitae.rollout.pages import HostPages
 from kitae.rollout.shapes import why_not_native
 from kitae.types import Problem, Rollout, Row
 from tests.rollout.test_generic import rows_of
@@ -469,3 +470,16 @@ def test_a_head_that_names_tokens_the_embedding_has_not_is_left_to_the_generic_e
     embedding = policy.causal_lm.get_input_embeddings()
     embedding.weight = torch.nn.Parameter(embedding.weight[:-1])
     assert "331 outputs, and its embedding 330 rows" in str(why_not_native(policy))
+
+
+def test_pages_for_which_there_is_no_memory_are_an_error_that_says_what_to_do(
+    root: Path, kernels, monkeypatch
+):
+    engine = engine_of(policy_of(folder_of(root, "qwen3")), kernels)
+    monkeypatch.setattr(HostPages, "resize", lambda self, count: torch.empty(1 << 60))
+    with pytest.raises(
+        PlanError, match=r"sampling ran out of memory \(.*allocat.*\); let fewer .*inference_batch_size"
+    ):
+        engine.generate(
+            problems_of([40]), n=1, sampling=SamplingSettings(temperature=0, max_new_tokens=4), seed=1
+        )
