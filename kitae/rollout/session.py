@@ -58,13 +58,6 @@ class Rows(Protocol):
         ...
 
 
-enough_memory = backends.enough_memory(
-    "sampling",
-    remedy="let fewer completions run at the same time (rollout.inference_batch_size, --batch_size), or give their keys and "
-    "values less room (kv_cache_tokens)",
-)
-
-
 class Session:
     """Requests under way on one engine. Not for several threads at once."""
 
@@ -118,7 +111,6 @@ class Session:
         if request.finish_reason is None:
             request.finish_reason = "cancelled"
 
-    @enough_memory
     def step(self, *, within_s: float | None = None) -> list[Event]:
         """Let waiting groups enter, and draw tokens of every running row: one each, or several in about `within_s`.
 
@@ -202,7 +194,11 @@ def sample_groups(
     )
 
 
-@enough_memory
+@backends.enough_memory(
+    "sampling",
+    remedy="let fewer completions run at the same time (rollout.inference_batch_size, --batch_size), or give their keys and "
+    "values less room (kv_cache_tokens)",
+)
 def sample_all(
     engine: SessionEngine,
     limits: Sequence[Sequence[int]],
