@@ -104,6 +104,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in told)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line: torch's go on for many."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def enough_memory(what: str, *, remedy: str) -> Iterator[None]:
     """Where an allocation fails inside, a PlanError: `what` ran out of memory, and what to do."""
@@ -112,8 +117,7 @@ def enough_memory(what: str, *, remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PlanError(f"{what} ran out of memory ({reason}); {remedy}") from error
+        raise PlanError(f"{what} ran out of memory ({first_line(error)}); {remedy}") from error
 
 
 def _load(name: str) -> Backend:

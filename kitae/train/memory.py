@@ -90,7 +90,7 @@ class Passes:
         return parts
 
     def _refuse_if_hopeless(self, batch: Batch, error: BaseException) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = backends.first_line(error)
         if self.world.world_size > 1:
             raise PlanError(
                 f"rank {self.world.rank} ran out of memory in a forward pass of {_size(batch)} ({reason}). With several "
